@@ -1,0 +1,235 @@
+"""What a backend is: an array namespace of the standard, plus the few functions that the standard lacks.
+
+A `Backend` is what every operation receives as `xp`. The standard's functions (https://data-apis.org/array-api) are
+reached as `xp.exp`, `xp.matmul` … just as the array library offers them through array-api-compat. The additions are the
+methods below, and there are no others:
+
+    promote, cast, is_floating, dtype, dtype_name    which dtype a result has
+    take_index, assign, scatter_add                  indexing with whatever NumPy takes as an index
+    erf, einsum, sliding_windows                     mathematics
+    random, normal, integers, permutation, …         a seeded random generator
+    from_numpy, to_numpy, synchronize, memory        the machine
+    buffer_id, owns_memory, format                   which memory an array lies in; its values as text
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+from types import ModuleType
+from typing import Any, NamedTuple
+
+import numpy as np
+
+Array = Any  # an array of whichever library the backend covers
+
+# The name of every dtype that a tensor can have, and the type of Python number that it holds.
+DTYPE_KINDS = {
+    "bool": bool,
+    **dict.fromkeys(("uint8", "uint16", "uint32", "uint64", "int8", "int16", "int32", "int64"), int),
+    **dict.fromkeys(("float16", "bfloat16", "float32", "float64"), float),
+}
+RANK = {bool: 0, int: 1, float: 2}
+
+
+class Memory(NamedTuple):
+    """Bytes of memory: in use now, at most so far, and in all."""
+
+    used: int
+    peak: int
+    total: int
+
+
+class Backend:
+    """One array library on one device. `xp.name` reaches the library's own functions at no extra cost."""
+
+    name: str  # "numpy", "cupy", "array_api_strict", "torch"
+    device: str  # what `Tensor.device` shows: "cpu", "cuda:0", …
+    default_float = "float32"
+    array_type: type  # the type of every array of this backend
+
+    def __init__(self, namespace: ModuleType, device: str) -> None:
+        self.namespace = namespace
+        self.device = device
+        self.dtypes = {name: getattr(namespace, name) for name in DTYPE_KINDS if hasattr(namespace, name)}
+        self.names = {native: name for name, native in self.dtypes.items()}
+        for name in dir(namespace):  # copied, so that `xp.exp` is one look-up; our own methods go first
+            if not name.startswith("_") and not hasattr(type(self), name) and name not in vars(self):
+                setattr(self, name, getattr(namespace, name))
+        self.seed(0)
+
+    def __getattr__(self, name: str) -> Any:
+        raise AttributeError(f"backend {self.__dict__.get('name', type(self).__name__)} has no function {name!r}")
+
+    def __repr__(self) -> str:
+        return f"<backend {self.name} on {self.device}>"
+
+    # -- dtypes ------------------------------------------------------------------------------------------------------
+
+    def dtype(self, name: str) -> Any:
+        """The library's own dtype for a name such as "float32"; TypeError where it has none."""
+        try:
+            return self.dtypes[name]
+        except KeyError:
+            known = ", ".join(self.dtypes)
+            raise TypeError(f"{self.name} has no dtype {str(name)!r}; it has {known}") from None
+
+    def dtype_name(self, array: Array) -> str:
+        """The name of an array's dtype: "float32"."""
+        return self.names[array.dtype]
+
+    def is_floating(self, array: Array) -> bool:
+        return DTYPE_KINDS[self.names[array.dtype]] is float
+
+    def cast(self, array: Array, name: str) -> Array:
+        """The array in the dtype called `name`; the same array if it has it already."""
+        native = self.dtype(name)
+        return array if array.dtype == native else self.astype(array, native)
+
+    def promote(self, inputs: list, floating: bool = False) -> list:
+        """Bring arrays to one dtype by the standard's rules, and int with float to the float, as PyTorch does.
+
+        Python numbers are weak: they decide the kind of the result (bool < int < float), never its width. With
+        `floating`, integers become the default float: what `exp` and `/` need.
+        """
+        wanted, strongest = None, bool
+        for x in inputs:
+            if isinstance(x, (bool, int, float)):
+                kind = bool if isinstance(x, bool) else int if isinstance(x, int) else float
+                strongest = kind if RANK[kind] > RANK[strongest] else strongest
+            else:
+                name = self.names[x.dtype]
+                wanted = name if wanted is None else self.promoted_name(wanted, name)
+        if wanted is None:
+            return inputs
+        if floating:
+            strongest = float
+        if RANK[strongest] > RANK[DTYPE_KINDS[wanted]]:
+            wanted = self.default_float if strongest is float else "int64"
+        return [self.weak(x, wanted) if isinstance(x, (bool, int, float)) else self.cast(x, wanted) for x in inputs]
+
+    def promoted_name(self, a: str, b: str) -> str:
+        """The dtype of `a` with `b`, by name. Float wins over int; otherwise the standard's table decides."""
+        if a == b:
+            return a
+        rank_a, rank_b = RANK[DTYPE_KINDS[a]], RANK[DTYPE_KINDS[b]]
+        if rank_a != rank_b:
+            return a if rank_a > rank_b else b
+        return self.names[self.result_type(self.dtype(a), self.dtype(b))]
+
+    def weak(self, number: bool | int | float, dtype_name: str) -> Any:
+        """A Python number next to arrays of a dtype: itself, where the library treats it as weak of its own accord."""
+        return number
+
+    # -- indexing ----------------------------------------------------------------------------------------------------
+
+    def take_index(self, x: Array, index: Any) -> Array:
+        """x[index], for every index that NumPy takes."""
+        return x[index]
+
+    def assign(self, x: Array, index: Any, value: Any) -> None:
+        """x[index] = value, in place."""
+        x[index] = value
+
+    def scatter_add(self, x: Array, index: Any, values: Array) -> Array:
+        """x[index] += values in place, where a position that occurs twice gets both; returns x."""
+        raise NotImplementedError
+
+    # -- mathematics -------------------------------------------------------------------------------------------------
+
+    def erf(self, x: Array) -> Array:
+        """The error function, to the precision of the dtype."""
+        raise NotImplementedError
+
+    def einsum(self, equation: str, *arrays: Array) -> Array:
+        raise NotImplementedError
+
+    def sliding_windows(self, x: Array, size: tuple, stride: tuple, dilation: tuple) -> Array:
+        """Windows over the last len(size) axes: (…, H, W) -> (…, H_out, W_out, KH, KW), a view where possible."""
+        raise NotImplementedError
+
+    # -- random numbers: drawn by NumPy's PCG64 and copied, so that every backend draws the same numbers --------------
+
+    def seed(self, seed: int) -> None:
+        """Start the generator anew. The same seed gives the same numbers."""
+        self.generator = np.random.Generator(np.random.PCG64(seed))
+
+    def rng_state(self) -> dict:
+        """The generator's state, as JSON can hold it."""
+        return self.generator.bit_generator.state
+
+    def set_rng_state(self, state: dict) -> None:
+        try:
+            self.generator.bit_generator.state = state
+        except (TypeError, ValueError, KeyError) as error:
+            raise ValueError(f"not a random state of backend {self.name}: {error}") from None
+
+    def random(self, shape: tuple, dtype: str = "float32") -> Array:
+        """Uniform on [0, 1)."""
+        drawn = self.generator.random(shape, dtype="float64" if dtype == "float64" else "float32")
+        return self.cast(self.from_numpy(drawn), dtype)
+
+    def normal(self, shape: tuple, dtype: str = "float32") -> Array:
+        """Mean 0, standard deviation 1."""
+        drawn = self.generator.standard_normal(shape, dtype="float64" if dtype == "float64" else "float32")
+        return self.cast(self.from_numpy(drawn), dtype)
+
+    def integers(self, low: int, high: int, shape: tuple) -> Array:
+        """Uniform over low … high - 1, int64."""
+        return self.from_numpy(self.generator.integers(low, high, shape))
+
+    def permutation(self, count: int) -> Array:
+        """0 … count - 1 in random order, int64."""
+        return self.from_numpy(self.generator.permutation(count))
+
+    # -- the machine -------------------------------------------------------------------------------------------------
+
+    def from_numpy(self, array: np.ndarray) -> Array:
+        """This backend's array with the values of a NumPy array."""
+        raise NotImplementedError
+
+    def to_numpy(self, array: Array) -> np.ndarray:
+        """A NumPy array with the values of one of this backend's; without a copy where the memory is shared."""
+        raise NotImplementedError
+
+    def synchronize(self) -> None:
+        """Wait until the device has done all that it was given. Nothing to do where calls return when they are done."""
+
+    def memory(self) -> Memory:
+        """This process's memory on the device (here: of the machine)."""
+        return process_memory()
+
+    def buffer_id(self, array: Array) -> int:
+        """A number for the memory that an array lies in; equal for an array and its views."""
+        raise NotImplementedError
+
+    def owns_memory(self, array: Array) -> bool:
+        """Whether the array is certainly the only one over its memory's allocation, and no view."""
+        return False
+
+    def format(self, array: Array, prefix: str = "") -> str:
+        """The values as nested brackets, abbreviated where they are many; later lines are indented below `prefix`."""
+        return np.array2string(self.to_numpy(array), separator=", ", prefix=prefix)
+
+
+def set_default_float(name: str) -> None:
+    """The floating dtype that Python floats make, and that integers become where a function needs floats."""
+    Backend.default_float = name
+
+
+def process_memory() -> Memory:
+    """Resident memory of this process, from /proc where there is one and from `resource` elsewhere."""
+    total = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") if hasattr(os, "sysconf") else 0
+    try:
+        with open("/proc/self/status") as status:
+            fields = dict(line.split(":", 1) for line in status)
+        return Memory(int(fields["VmRSS"].split()[0]) * 1024, int(fields["VmHWM"].split()[0]) * 1024, total)
+    except (OSError, KeyError):
+        pass
+    try:
+        import resource  # not on Windows
+    except ImportError:
+        return Memory(0, 0, total)
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    peak *= 1 if sys.platform == "darwin" else 1024  # bytes on macOS, kilobytes elsewhere
+    return Memory(peak, peak, total)

@@ -1,0 +1,132 @@
+"""The CuPy backend: the same arrays on a CUDA device. Imported only when someone asks for CUDA."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+from typing import Any
+
+import array_api_compat.cupy as namespace
+import cupy
+import cupyx.scipy.special
+import numpy as np
+
+from tinytorch.backends.base import Array, Backend, Memory
+
+
+class CupyBackend(Backend):
+    """CuPy on one CUDA device."""
+
+    name = "cupy"
+    array_type = cupy.ndarray
+
+    def __init__(self, index: int) -> None:
+        self.index = index
+        super().__init__(namespace, f"cuda:{index}")
+        self.names = {np.dtype(native): name for name, native in self.dtypes.items()}
+        self.dtypes = {name: native for native, name in self.names.items()}
+        for creation in ("zeros", "ones", "full", "empty", "eye", "arange", "linspace", "asarray"):
+            setattr(self, creation, self._here(getattr(namespace, creation)))
+
+    def _here(self, create: Callable) -> Callable:
+        """The function, so that what it creates lies on this backend's device."""
+
+        @functools.wraps(create)
+        def on_this_device(*args: Any, **kwargs: Any) -> Array:
+            with cupy.cuda.Device(self.index):
+                return create(*args, **kwargs)
+
+        return on_this_device
+
+    def is_floating(self, array: Array) -> bool:
+        return array.dtype.kind == "f"
+
+    def take_index(self, x: Array, index: Any) -> Array:
+        return x[self._on_device(index)]
+
+    def assign(self, x: Array, index: Any, value: Any) -> None:
+        x[self._on_device(index)] = value
+
+    def scatter_add(self, x: Array, index: Any, values: Array) -> Array:
+        cupy.add.at(x, self._on_device(index), values)
+        return x
+
+    def _on_device(self, index: Any) -> Any:
+        """CuPy indexes with its own arrays; NumPy arrays and lists inside an index are copied to the device."""
+        if isinstance(index, tuple):
+            return tuple(self._on_device(part) for part in index)
+        return self.from_numpy(np.asarray(index)) if isinstance(index, (np.ndarray, list)) else index
+
+    def erf(self, x: Array) -> Array:
+        return cupyx.scipy.special.erf(x)
+
+    def einsum(self, equation: str, *arrays: Array) -> Array:
+        return cupy.einsum(equation, *arrays, optimize=True)
+
+    def sliding_windows(self, x: Array, size: tuple, stride: tuple, dilation: tuple) -> Array:
+        rank = len(size)
+        spans = tuple(d * (k - 1) + 1 for k, d in zip(size, dilation, strict=True))
+        windows = cupy.lib.stride_tricks.sliding_window_view(x, spans, axis=tuple(range(-rank, 0)))
+        steps = tuple(slice(None, None, s) for s in (*stride, *dilation))
+        return windows[(..., *steps)]
+
+    # Numbers are drawn on the device. The state is the seed and how many draws there were: a Philox generator is
+    # counter-based, so that a new one for each draw costs nothing and the state fits into JSON.
+
+    def seed(self, seed: int) -> None:
+        self.state = {"generator": "philox", "seed": int(seed), "draws": 0}
+
+    def rng_state(self) -> dict:
+        return dict(self.state)
+
+    def set_rng_state(self, state: dict) -> None:
+        if not isinstance(state, dict) or state.get("generator") != "philox":
+            raise ValueError(f"not a random state of backend {self.name}: {state!r}")
+        self.state = {"generator": "philox", "seed": int(state["seed"]), "draws": int(state["draws"])}
+
+    def _next(self) -> Any:
+        self.state["draws"] += 1
+        entropy = np.random.SeedSequence([self.state["seed"], self.state["draws"]])
+        return cupy.random.Generator(cupy.random.Philox4x3210(int(entropy.generate_state(1, np.uint64)[0])))
+
+    def random(self, shape: tuple, dtype: str = "float32") -> Array:
+        with cupy.cuda.Device(self.index):
+            return self.cast(self._next().random(shape, dtype="float64" if dtype == "float64" else "float32"), dtype)
+
+    def normal(self, shape: tuple, dtype: str = "float32") -> Array:
+        with cupy.cuda.Device(self.index):
+            drawn = self._next().standard_normal(shape, dtype="float64" if dtype == "float64" else "float32")
+            return self.cast(drawn, dtype)
+
+    def integers(self, low: int, high: int, shape: tuple) -> Array:
+        with cupy.cuda.Device(self.index):
+            return self._next().integers(low, high, shape, dtype=np.int64)
+
+    def permutation(self, count: int) -> Array:
+        with cupy.cuda.Device(self.index):
+            return cupy.argsort(self._next().random((count,), dtype="float64"))
+
+    def from_numpy(self, array: np.ndarray) -> Array:
+        with cupy.cuda.Device(self.index):
+            return cupy.asarray(array)
+
+    def to_numpy(self, array: Array) -> np.ndarray:
+        return cupy.asnumpy(array)
+
+    def synchronize(self) -> None:
+        cupy.cuda.Device(self.index).synchronize()
+
+    def memory(self) -> Memory:
+        """The device's memory: used and in all by pynvml (all processes), peak of this process by CuPy's pool."""
+        import pynvml
+
+        pynvml.nvmlInit()
+        info = pynvml.nvmlDeviceGetMemoryInfo(pynvml.nvmlDeviceGetHandleByIndex(self.index))
+        return Memory(info.used, cupy.get_default_memory_pool().total_bytes(), info.total)
+
+    def buffer_id(self, array: Array) -> int:
+        return array.data.mem.ptr
+
+
+def device_count() -> int:
+    return cupy.cuda.runtime.getDeviceCount()

@@ -1,0 +1,130 @@
+"""The NumPy backend: the one that is always there."""
+
+from __future__ import annotations
+
+import warnings
+from typing import Any
+
+import array_api_compat.numpy as namespace
+import numpy as np
+
+from tinytorch.backends.base import Array, Backend
+
+# log(0) is -inf and 0/0 is nan, silently, as in every deep-learning framework. Only warnings that NumPy attributes to
+# this package's own lines are turned off; the user's NumPy code keeps its warnings.
+warnings.filterwarnings("ignore", r".* encountered in ", RuntimeWarning, module=r"tinytorch\.")
+
+
+class NumpyBackend(Backend):
+    """NumPy on the CPU."""
+
+    name = "numpy"
+    array_type = np.ndarray
+
+    def __init__(self) -> None:
+        super().__init__(namespace, "cpu")
+        self.names = {np.dtype(native): name for name, native in self.dtypes.items()}
+        self.dtypes = {name: native for native, name in self.names.items()}
+
+    def is_floating(self, array: Array) -> bool:
+        return array.dtype.kind == "f"
+
+    def promote(self, inputs: list, floating: bool = False) -> list:
+        # Nearly always all arrays are of one floating dtype, and then there is nothing to do.
+        dtype = None
+        for x in inputs:
+            if isinstance(x, (int, float)):
+                continue
+            if dtype is None:
+                dtype = x.dtype
+            elif x.dtype is not dtype:
+                return super().promote(inputs, floating)
+        if dtype is None or dtype.kind == "f":
+            return inputs
+        return super().promote(inputs, floating)
+
+    def scatter_add(self, x: Array, index: Any, values: Array) -> Array:
+        np.add.at(x, index, values)
+        return x
+
+    def erf(self, x: Array) -> Array:
+        return erf(x)
+
+    def einsum(self, equation: str, *arrays: Array) -> Array:
+        return np.einsum(equation, *arrays, optimize=True)
+
+    def sliding_windows(self, x: Array, size: tuple, stride: tuple, dilation: tuple) -> Array:
+        rank = len(size)
+        spans = tuple(d * (k - 1) + 1 for k, d in zip(size, dilation, strict=True))
+        windows = np.lib.stride_tricks.sliding_window_view(x, spans, axis=tuple(range(-rank, 0)))
+        steps = tuple(slice(None, None, s) for s in (*stride, *dilation))
+        return windows[(..., *steps)]
+
+    def from_numpy(self, array: np.ndarray) -> Array:
+        return np.asarray(array)
+
+    def to_numpy(self, array: Array) -> np.ndarray:
+        return np.asarray(array)
+
+    def buffer_id(self, array: Array) -> int:
+        while isinstance(array.base, np.ndarray):
+            array = array.base
+        return id(array)
+
+
+def erf(x: Array) -> Array:
+    """The error function, which NumPy lacks: to 1e-16 in float64, to 3e-7 in float32."""
+    return _erf_float32(x) if x.dtype == np.float32 else _erf_float64(x)
+
+
+def _erf_float32(x: Array) -> Array:
+    """x P(x²) / Q(x²) on [-4, 4], where float32's erf reaches ±1 (a minimax quotient, as Eigen has it)."""
+    x = np.clip(x, np.float32(-4), np.float32(4))
+    z = x * x
+    return x * (_horner(z, _FLOAT32_P) / _horner(z, _FLOAT32_Q))
+
+
+def _horner(z: Array, coefficients: tuple) -> Array:
+    result = np.full_like(z, coefficients[0])
+    for c in coefficients[1:]:
+        result *= z
+        result += np.float32(c)
+    return result
+
+
+def _erf_float64(x: Array) -> Array:
+    """erf by W. J. Cody's rational approximations (Mathematics of Computation 23, 1969)."""
+    y = np.abs(x).astype(np.float64)
+    small, far = y <= 0.46875, y > 4.0
+    z = y * y
+    inner = y * _rational(z, _SMALL_P, _SMALL_Q)
+    outer = np.exp(-np.minimum(z, 700.0))
+    middle = 1.0 - outer * _rational(y, _MIDDLE_P, _MIDDLE_Q)
+    w = 1.0 / np.maximum(z, 1e-300)
+    tail = 1.0 - outer / np.maximum(y, 1e-300) * (_ONE_OVER_SQRT_PI - w * _rational(w, _FAR_P, _FAR_Q))
+    magnitude = np.where(small, inner, np.where(far, tail, middle))
+    return np.where(np.isnan(x), x, np.copysign(magnitude, x)).astype(x.dtype)
+
+
+def _rational(x: Array, numerator: tuple, denominator: tuple) -> Array:
+    """A quotient of two polynomials, coefficients of the highest power first."""
+    return np.polyval(numerator, x) / np.polyval(denominator, x)
+
+
+_FLOAT32_P = (-2.72614225801306e-10, 2.77068142495902e-08, -2.10102402082508e-06, -5.69250639462346e-05,
+              -7.34990630326855e-04, -2.95459980854025e-03, -1.60960333262415e-02)  # fmt: skip
+_FLOAT32_Q = (-1.45660718464996e-05, -2.13374055278905e-04, -1.68282697438203e-03, -7.37332916720468e-03,
+              -1.42647390514189e-02)  # fmt: skip
+_ONE_OVER_SQRT_PI = 0.56418958354775628695
+_SMALL_P = (1.85777706184603153e-1, 3.16112374387056560e0, 1.13864154151050156e2, 3.77485237685302021e2,
+            3.20937758913846947e3)  # fmt: skip
+_SMALL_Q = (1.0, 2.36012909523441209e1, 2.44024637934444173e2, 1.28261652607737228e3, 2.84423683343917062e3)
+_MIDDLE_P = (2.15311535474403846e-8, 5.64188496988670089e-1, 8.88314979438837594e0, 6.61191906371416295e1,
+             2.98635138197400131e2, 8.81952221241769090e2, 1.71204761263407058e3, 2.05107837782607147e3,
+             1.23033935479799725e3)  # fmt: skip
+_MIDDLE_Q = (1.0, 1.57449261107098347e1, 1.17693950891312499e2, 5.37181101862009858e2, 1.62138957456669019e3,
+             3.29079923573345963e3, 4.36261909014324716e3, 3.43936767414372164e3, 1.23033935480374942e3)  # fmt: skip
+_FAR_P = (1.63153871373020978e-2, 3.05326634961232344e-1, 3.60344899949804439e-1, 1.25781726111229246e-1,
+          1.60837851487422766e-2, 6.58749161529837803e-4)  # fmt: skip
+_FAR_Q = (1.0, 2.56852019228982242e0, 1.87295284992346725e0, 5.27905102951428412e-1, 6.05183413124413191e-2,
+          2.33520497626869185e-3)  # fmt: skip

@@ -1,0 +1,51 @@
+"""Runnable programs, each of which proves a part of the course with a result from its history.
+
+Each program is a module of this package with a function `main(argv) -> int`, the exit status: 0 if the threshold was
+reached. `tinytorch milestone list` shows this table, `tinytorch milestone run NAME` runs one.
+"""
+
+from __future__ import annotations
+
+import importlib
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True)
+class Milestone:
+    """One program: what it shows, on which data, and what it must reach."""
+
+    name: str
+    year: int
+    title: str
+    data: str
+    threshold: str
+
+    def run(self, argv: Sequence[str] = ()) -> int:
+        """Run the program with these command-line arguments; returns its exit status."""
+        return importlib.import_module(f"{__name__}.{self.name}").main(list(argv))
+
+
+MILESTONES = (
+    Milestone(
+        name="perceptron",
+        year=1957,
+        title="One layer separates what a line can separate",
+        data="generated",
+        threshold="100 %",
+    ),
+    Milestone(
+        name="xor",
+        year=1969,
+        title="One layer cannot learn XOR, two can",
+        data="generated",
+        threshold="one layer <= 75 %, two 100 %",
+    ),
+    Milestone(
+        name="mlp",
+        year=1986,
+        title="Backpropagation reads handwritten digits",
+        data="Digits 8x8 or MNIST",
+        threshold="96 % or 98 %",
+    ),
+)

@@ -1,0 +1,187 @@
+"""The command `tinytorch`: `doctor`, `modules`, `test` and `milestone`.
+
+Whatever takes time to import is imported inside the command that needs it.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import subprocess
+import sys
+from pathlib import Path
+from typing import Annotated, Any, NoReturn
+
+import typer
+
+from tinytorch import __version__
+from tinytorch.curriculum import MODULES, find_module
+
+app = typer.Typer(
+    help="TinyTorch: a deep-learning framework in twenty modules.",
+    epilog="Example: tinytorch milestone run mlp",
+    add_completion=False,
+    rich_markup_mode=None,
+    pretty_exceptions_enable=False,
+)
+milestone = typer.Typer(
+    help="List and run the programs that prove each part of the course.",
+    epilog="Example: tinytorch milestone list",
+    rich_markup_mode=None,
+)
+app.add_typer(milestone, name="milestone")
+
+JsonOption = Annotated[bool, typer.Option("--json", help="Print JSON instead of text.")]
+
+
+def fail(message: str, status: int = 2) -> NoReturn:
+    """End the command with one line on standard error."""
+    print(f"tinytorch: {' '.join(message.split())}", file=sys.stderr)
+    raise typer.Exit(status)
+
+
+def _show_version(wanted: bool) -> None:
+    if wanted:
+        print(f"tinytorch {__version__}")
+        raise typer.Exit()
+
+
+@app.callback()
+def _root(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_show_version, is_eager=True, help="Show the version.")
+    ] = False,
+) -> None:
+    pass
+
+
+@app.command(epilog="Example: tinytorch doctor --json")
+def doctor(as_json: JsonOption = False) -> None:
+    """Examine this machine: what is there, what is wrong, and how to put it right."""
+    try:
+        from tinytorch import m01_setup, m01_setup_appendix  # noqa: F401  (the appendix enters its checks)
+    except Exception as error:  # a broken NumPy raises errors of every kind
+        fail(f"{type(error).__name__}: {error}; reinstall: pip install --force-reinstall numpy tinytorch-systems", 1)
+    raise typer.Exit(m01_setup.doctor(as_json))
+
+
+@app.command(epilog="Example: tinytorch modules --json")
+def modules(as_json: JsonOption = False) -> None:
+    """List the modules of the course and what each exports."""
+    if as_json:
+        rows = [
+            {
+                "number": module.number,
+                "name": module.name,
+                "title": module.title,
+                "part": module.part,
+                "file": f"{module.file}.py",
+                "checkpoint": module.checkpoint,
+                "exports": {face or "tinytorch": list(module.names(face)) for face in module.exports},
+            }
+            for module in MODULES
+        ]
+        print(json.dumps(rows, indent=2))
+        return
+    print_rows(("", "module", "part", "what you can do after it"),
+               [(f"{m.number:02}", m.name, m.part, m.checkpoint) for m in MODULES])  # fmt: skip
+
+
+@app.command(epilog="Example: tinytorch test 06")
+def test(
+    module: Annotated[str, typer.Argument(metavar="MODULE", help="Its number or name: 6, 06 or autograd.")],
+) -> None:
+    """Run a module's own tests and, in a checkout with pytest, its checkpoint."""
+    try:
+        found = find_module(module)
+    except ValueError as error:
+        fail(str(error))
+    status = subprocess.run([sys.executable, "-m", f"tinytorch.{found.file}", "--tests-only"]).returncode
+    checkpoint = (
+        Path(__file__).resolve().parent.parent / "tests" / "checkpoints" / f"test_{found.number:02}_{found.name}.py"
+    )
+    if status == 0 and checkpoint.is_file():
+        if importlib.util.find_spec("pytest") is None:
+            print("The checkpoint needs pytest: pip install pytest")
+        else:
+            print(f"Checkpoint: {found.checkpoint}", flush=True)
+            status = subprocess.run([sys.executable, "-m", "pytest", "-q", str(checkpoint)]).returncode
+    raise typer.Exit(status)
+
+
+@milestone.command("list", epilog="Example: tinytorch milestone list --json")
+def milestone_list(as_json: JsonOption = False) -> None:
+    """List the milestone programs."""
+    from dataclasses import asdict
+
+    from tinytorch.milestones import MILESTONES
+
+    if as_json:
+        print(json.dumps([asdict(found) for found in MILESTONES], indent=2))
+        return
+    print_rows(("name", "year", "what it shows", "data", "must reach"),
+               [(m.name, str(m.year), m.title, m.data, m.threshold) for m in MILESTONES])  # fmt: skip
+
+
+@milestone.command(
+    "run",
+    options_metavar="",
+    epilog="Examples: tinytorch milestone run; tinytorch milestone run mlp --help",
+    # Everything but a leading --help belongs to the program.
+    context_settings={"ignore_unknown_options": True, "help_option_names": [], "allow_interspersed_args": False},
+)
+def milestone_run(
+    context: typer.Context,
+    arguments: Annotated[
+        list[str] | None,
+        typer.Argument(metavar="NAME [OPTION]", help="Which program (mlp if not given), and its own options."),
+    ] = None,
+) -> None:
+    """Run a milestone program; options after its name are the program's own."""
+    from tinytorch.milestones import MILESTONES
+
+    rest = list(arguments or [])
+    if rest[:1] == ["--help"]:
+        print(context.get_help())
+        return
+    name = rest.pop(0) if rest and not rest[0].startswith("-") else "mlp"
+    for found in MILESTONES:
+        if found.name == name:
+            raise typer.Exit(found.run(rest))
+    fail(f"no milestone {name!r}; the milestones are {', '.join(found.name for found in MILESTONES)}")
+
+
+def print_rows(headers: tuple[str, ...], rows: list[tuple[str, ...]]) -> None:
+    """Print a table that wraps to the terminal's width."""
+    from rich import box
+    from rich.console import Console
+    from rich.table import Table
+
+    table: Any = Table(*headers, box=box.SIMPLE_HEAD, pad_edge=False)
+    for row in rows:
+        table.add_row(*row)
+    Console().print(table)
+
+
+def main(argv: list[str] | None = None) -> NoReturn:
+    """Run the command line and exit. Wrong arguments end it with status 2 and one line, Ctrl-C with 130 and one."""
+    status = 0
+    try:
+        arguments = (sys.argv[1:] if argv is None else argv) or ["--help"]
+        status = typer.main.get_command(app).main(arguments, prog_name="tinytorch", standalone_mode=False) or 0
+    except (KeyboardInterrupt, typer.Abort):
+        status = 130
+    except Exception as error:
+        if not hasattr(error, "format_message"):  # what typer raises for wrong arguments has one
+            raise
+        print(f"tinytorch: {error.format_message().rstrip('.')}; see: {usage_of(error)} --help", file=sys.stderr)
+        status = 2
+    if status == 130:
+        print("tinytorch: interrupted", file=sys.stderr)
+    sys.exit(status)
+
+
+def usage_of(error: Any) -> str:
+    """The command that a usage error belongs to, as one types it: "tinytorch milestone run"."""
+    context = getattr(error, "ctx", None)
+    return context.command_path if context else "tinytorch"

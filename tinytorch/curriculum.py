@@ -1,0 +1,275 @@
+"""The table of the course: which modules there are and where each of their names is found.
+
+The package's faces (`tinytorch`, `tinytorch.nn`, `tinytorch.optim` …), the command line, the documentation and the
+tests all read `MODULES`; nothing else lists the modules.
+"""
+
+from __future__ import annotations
+
+import importlib
+import importlib.util
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from functools import cache
+from typing import Any
+
+PACKAGE = "tinytorch"
+
+
+@dataclass(frozen=True)
+class Module:
+    """One chapter, and the names that it and its appendix show in each face.
+
+    `exports` maps a face ("" is tinytorch itself) to names, separated by spaces; "bool=bool_" shows `bool_` as `bool`.
+    """
+
+    number: int
+    name: str
+    title: str
+    part: str
+    checkpoint: str  # what a reader can do after it; tests/checkpoints/ shows each
+    exports: Mapping[str, str] = field(default_factory=dict)
+
+    @property
+    def file(self) -> str:
+        """The chapter's file name, without its suffix: "m02_tensor"."""
+        return f"m{self.number:02}_{self.name}"
+
+    @property
+    def appendix(self) -> str:
+        """The file name of the appendix, which not every chapter has."""
+        return f"{self.file}_appendix"
+
+    def modules(self) -> list[str]:
+        """What to import, in order: the chapter, and the appendix where there is one."""
+        names = [f"{PACKAGE}.{self.file}", f"{PACKAGE}.{self.appendix}"]
+        return names if importlib.util.find_spec(names[1]) else names[:1]
+
+    def names(self, face: str) -> dict[str, str]:
+        """What this module shows in a face: from the name there to the name in the chapter or its appendix."""
+        pairs = [word.partition("=") for word in self.exports.get(face, "").split()]
+        return {shown: own or shown for shown, _, own in pairs}
+
+
+MODULES = (
+    Module(
+        number=1,
+        name="setup",
+        title="Setup",
+        part="Foundations",
+        checkpoint="Check a machine, and run a chapter's own tests",
+        exports={"": "doctor manual_seed get_rng_state set_rng_state"},
+    ),
+    Module(
+        number=2,
+        name="tensor",
+        title="Tensors",
+        part="Foundations",
+        checkpoint="Compute with tensors as with NumPy's arrays, on any array library",
+        exports={
+            "": """
+                Tensor dtype=DType device=Device set_default_device get_default_device
+                set_default_dtype get_default_dtype
+                float16 bfloat16 float32 float64 int8 int16 int32 int64 uint8 bool=bool_
+                tensor as_tensor is_tensor from_numpy from_dlpack zeros ones full empty eye arange linspace
+                zeros_like ones_like full_like empty_like rand randn randint rand_like randn_like randperm
+                multinomial bernoulli stack cat concatenate clone where meshgrid tril triu
+                matmul einsum outer dot add sub mul div pow neg floor_divide remainder reciprocal square
+                eq ne lt le gt ge equal allclose isnan isinf isfinite
+                logical_and logical_or logical_not bitwise_and bitwise_or bitwise_xor bitwise_not
+                exp log log1p expm1 sqrt rsqrt sin cos tanh erf abs sign clamp floor ceil round maximum minimum
+                sum mean var std prod max min amax amin argmax argmin any all cumsum logsumexp norm
+                reshape flatten unflatten squeeze unsqueeze transpose permute movedim
+                broadcast_tensors broadcast_shapes split chunk unbind narrow roll flip repeat_interleave
+                gather take_along_dim index_select index_add index_put scatter_add masked_fill masked_select
+                nonzero topk sort argsort
+            """,
+            "nn.functional": "one_hot pad",
+        },
+    ),
+    Module(
+        number=3,
+        name="activations",
+        title="Activations",
+        part="Foundations",
+        checkpoint="Bend a line: activations and a softmax that stays stable",
+        exports={
+            "": "relu sigmoid softmax log_softmax",
+            "nn": "ReLU LeakyReLU Sigmoid Tanh GELU SiLU Softplus ELU Hardtanh Softmax LogSoftmax",
+            "nn.functional": """
+                relu leaky_relu sigmoid tanh gelu silu softplus elu hardtanh softmax log_softmax
+            """,
+        },
+    ),
+    Module(
+        number=4,
+        name="layers",
+        title="Layers",
+        part="Foundations",
+        checkpoint="Build a network from layers, and save and load its state",
+        exports={
+            "nn": """
+                Parameter Module Linear Sequential ModuleList ModuleDict Flatten Unflatten Identity Dropout
+            """,
+            "nn.functional": "linear dropout",
+            "nn.init": """
+                kaiming_uniform_ kaiming_normal_ xavier_uniform_ xavier_normal_ normal_ uniform_ zeros_ ones_ constant_
+            """,
+        },
+    ),
+    Module(
+        number=5,
+        name="losses",
+        title="Losses",
+        part="Foundations",
+        checkpoint="Say in one number how wrong a network is",
+        exports={
+            "nn": """
+                MSELoss L1Loss HuberLoss SmoothL1Loss CrossEntropyLoss NLLLoss BCELoss BCEWithLogitsLoss KLDivLoss
+            """,
+            "nn.functional": """
+                mse_loss l1_loss huber_loss smooth_l1_loss cross_entropy nll_loss binary_cross_entropy
+                binary_cross_entropy_with_logits kl_div
+            """,
+        },
+    ),
+    Module(
+        number=6,
+        name="autograd",
+        title="Autograd",
+        part="Foundations",
+        checkpoint="Differentiate any program of tensor operations",
+        exports={
+            "": "no_grad enable_grad inference_mode is_grad_enabled set_grad_enabled",
+            "autograd": "grad backward Function gradcheck gradgradcheck detect_anomaly draw",
+            "autograd.functional": "jacobian hessian vjp jvp",
+            "utils.checkpoint": "checkpoint",
+        },
+    ),
+    Module(
+        number=7,
+        name="optimizers",
+        title="Optimizers",
+        part="Foundations",
+        checkpoint="Follow the gradient downhill, with any of the usual optimizers and schedules",
+        exports={
+            "optim": "Optimizer SGD Adam AdamW RMSprop Adagrad Lion EMA",
+            "optim.lr_scheduler": """
+                LRScheduler StepLR MultiStepLR ExponentialLR CosineAnnealingLR CosineAnnealingWarmRestarts LinearLR
+                OneCycleLR LambdaLR ReduceLROnPlateau SequentialLR
+            """,
+            "nn.utils": "clip_grad_norm_ clip_grad_value_",
+        },
+    ),
+    Module(
+        number=8,
+        name="training",
+        title="Training",
+        part="Foundations",
+        checkpoint="Train a network that survives being killed at any moment",
+        exports={"": "Trainer save load"},
+    ),
+)
+
+FACES = (
+    "",
+    "autograd",
+    "autograd.functional",
+    "nn",
+    "nn.functional",
+    "nn.init",
+    "nn.utils",
+    "optim",
+    "optim.lr_scheduler",
+    "utils",
+    "utils.checkpoint",
+)
+
+SUBPACKAGES = ("backends", "kernels", "milestones", "profiling")  # those that `import tinytorch` is enough for, too
+
+
+def find_module(label: str) -> Module:
+    """The module meant by "6", "06", "autograd", "m06" or "m06_autograd"; ValueError with the choices otherwise."""
+    for module in MODULES:
+        if label.lower() in (
+            str(module.number),
+            f"{module.number:02}",
+            f"m{module.number:02}",
+            module.name,
+            module.file,
+        ):
+            return module
+    known = ", ".join(f"{module.number:02} {module.name}" for module in MODULES)
+    raise ValueError(f"no module {label!r}; the modules are {known}")
+
+
+# -- faces -------------------------------------------------------------------------------------------------------------
+
+
+@cache
+def face_names(face: str) -> dict[str, Module]:
+    """The names that a face shows, and the module that each comes from."""
+    return {name: module for module in MODULES for name in module.names(face)}
+
+
+@cache
+def load_modules() -> None:
+    """Import every module of the course, in order: a later one may attach something to an earlier one's tensors."""
+    for module in MODULES:
+        for name in module.modules():
+            importlib.import_module(name)
+
+
+def find_export(module: Module, face: str, shown: str) -> Any:
+    """What a module shows in a face, from its chapter or else its appendix; ImportError, naming both, if in neither."""
+    name = module.names(face)[shown]
+    places = module.modules()
+    for place in places:
+        namespace = vars(importlib.import_module(place))
+        if name in namespace:
+            return namespace[name]
+    raise ImportError(
+        f"curriculum.py says that {module.file} exports {name!r}, but {' and '.join(places)} have no such name"
+    )
+
+
+def face_getattr(namespace: dict[str, Any], name: str) -> Any:
+    """The body of a face's `__getattr__`: loads the modules, finds the name and keeps it in the face's namespace."""
+    face = _face(namespace["__name__"])
+    names = face_names(face)
+    if name == "__all__":
+        return list(names)
+    child = f"{face}.{name}".removeprefix(".")
+    if child in FACES or child in SUBPACKAGES:
+        return importlib.import_module(f"{PACKAGE}.{child}")
+    if name not in names:
+        raise AttributeError(f"module {namespace['__name__']!r} has no attribute {name!r}{_suggestion(name, face)}")
+    load_modules()
+    namespace[name] = find_export(names[name], face, name)  # from now on it is found without coming here
+    return namespace[name]
+
+
+def face_dir(package: str) -> list[str]:
+    """The body of a face's `__dir__`: its names from the table, and the faces below it."""
+    face = _face(package)
+    start = f"{face}." if face else ""
+    children = [other.removeprefix(start) for other in FACES if other and other.startswith(start)]
+    return sorted({*face_names(face), *(child for child in children if "." not in child)})
+
+
+def _face(package: str) -> str:
+    """The face that a package shows: "" for tinytorch, "nn.functional" for tinytorch.nn.functional."""
+    return package.removeprefix(PACKAGE).removeprefix(".")
+
+
+def _suggestion(name: str, face: str) -> str:
+    """ "; did you mean …?" with close names of this face, or with another face that has this very name."""
+    if name.startswith("_"):
+        return ""
+    elsewhere = [other for other in FACES if other != face and name in face_names(other)]
+    if elsewhere:
+        return "; it is " + " and ".join(f"{PACKAGE}.{other}.{name}".replace("..", ".") for other in elsewhere)
+    from difflib import get_close_matches  # only needed here, and takes time to import
+
+    close = get_close_matches(name, face_names(face), n=3)
+    return f"; did you mean {' or '.join(close)}?" if close else ""

@@ -1,0 +1,969 @@
+"""Module 06: autograd, or how a program tells the derivative of whatever it computed.
+
+Learning objectives. After this module you can
+1. derive the gradient of a composed function by the chain rule, from its end to its start;
+2. write the gradient rule of an operation, and say which values it needs kept;
+3. explain why backward visits operations newest first, once each, and what it frees on the way;
+4. check a gradient against finite differences, to first and second order;
+5. measure what recording costs in time and what a graph holds in memory.
+"""
+
+from __future__ import annotations
+
+import builtins
+import functools
+import heapq
+import inspect
+import math
+import threading
+import weakref
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any
+
+from tinytorch.backends import backend_of
+from tinytorch.m01_setup import assert_close, print_table, run_module, seconds
+from tinytorch.m02_tensor import (
+    WATCHED,
+    Op,
+    Tensor,
+    abs,
+    add,
+    amax,
+    argmax,
+    attach_recorder,
+    cast,
+    clone,
+    concatenate,
+    div,
+    eq,
+    exp,
+    expand,
+    float64,
+    getitem,
+    log,
+    lt,
+    matmul,
+    maximum,
+    mean,
+    mul,
+    ne,
+    neg,
+    ones,
+    op,
+    permute,
+    pow,
+    randn,
+    reshape,
+    sqrt,
+    sub,
+    sum,
+    tensor,
+    to_device,
+    transpose,
+    unsqueeze,
+    where,
+    zeros,
+)
+from tinytorch.m02_tensor_appendix import Writes, index_put, overwrite, sign
+from tinytorch.m03_activations import gelu, log_softmax, relu, sigmoid, softmax, tanh
+from tinytorch.m04_layers import Linear, Parameter, Sequential, linear
+from tinytorch.m05_losses import cross_entropy, softmax_cross_entropy
+
+# %% [markdown]
+# ## Mathematical foundations
+#
+# A network is a composition $L = f_n(… f_2(f_1(x)))$ that ends in one number. The *chain rule* gives its derivative as
+# a product of Jacobians, $\partial L / \partial x = J_n … J_2 J_1$. Multiplied from the left, each step is a row vector
+# times a Jacobian, and no Jacobian is ever formed: with $g = \partial L / \partial y$ for an operation $y = f(a, b)$,
+#
+# $$\partial L / \partial a = g\, \partial f / \partial a, \qquad \partial L / \partial b = g\, \partial f / \partial b.$$
+#
+# These *vector–Jacobian products* are the gradient rules. For $y = a b$ they are $g b$ and $g a$; for $Y = A B$,
+# $G B^T$ and $A^T G$; for $y = e^x$, $g y$, which needs the output and not the input.
+#
+# Where a value is used twice, its gradients **add up**. Where it was broadcast, it was used many times, so its gradient
+# is the **sum** over the broadcast axes. One pass from the end to the start costs about twice the forward pass, however
+# many inputs there are: this is *reverse-mode automatic differentiation* (Linnainmaa, 1970).
+
+# %% [markdown]
+# ## Implementation
+#
+# ### Rules
+# Modules 02 to 05 know nothing of gradients; they get theirs here, from outside. `gradient(mul, a=…, b=…)` gives a rule
+# for each input. The names of a rule's parameters say what it needs kept, and nothing else is kept alive:
+#
+# - `g`, always first: the gradient with respect to the output;
+# - `out`: the output; `extras`: the by-products of an operation that returns a tuple (None under `create_graph`);
+# - the name of an input: its value; with `_shape` behind it: its shape only;
+# - the name of an attribute: its value; `position`: which of several like inputs the rule is for.
+#
+# Rules are written with operators and Ops. They see raw arrays in an ordinary backward, and tensors when gradients of
+# gradients are wanted: the same rule serves every order.
+
+
+# %%
+class Rules:
+    """The gradient rules of one operation, one for each input that has a gradient."""
+
+    def __init__(self, op: Op, rules: dict[str, Callable | None]) -> None:
+        unknown = rules.keys() - set(op.inputs)
+        if unknown:
+            raise TypeError(f"gradient({op.name}): it has inputs {op.inputs}, not {sorted(unknown)}")
+        self.op, self.rules = op, rules
+        self.plans: dict[int, Plan | None] = {}
+
+    def plan(self, mask: int, count: int) -> Plan | None:
+        """What to keep and what to call when the inputs in the bit mask, of `count`, need gradients."""
+        if mask not in self.plans:
+            plan = Plan(self, [i for i in range(count) if mask >> i & 1])
+            if self.op.variadic:
+                return plan
+            self.plans[mask] = plan if plan.steps else None
+        return self.plans[mask]
+
+
+class Plan:
+    """For one set of tracked inputs: which values to keep, and the rules to call with which of them.
+
+    keep: (kind, key) of each value; steps: (which tracked input, rule, places of its arguments in the kept values).
+    """
+
+    def __init__(self, rules: Rules, tracked: list[int]) -> None:
+        self.op, self.keep, self.steps = rules.op, [], []
+        self.parent_of_input = {i: k for k, i in enumerate(tracked)}
+        last = len(self.op.inputs) - 1
+        for k, i in enumerate(tracked):
+            name = self.op.inputs[min(i, last)]
+            if name not in rules.rules:
+                raise NotImplementedError(f"{self.op.name} has no gradient rule for its input {name!r}; give it one "
+                                          f"with gradient({self.op.name}, {name}=…)")  # fmt: skip
+            rule = rules.rules[name]
+            if rule is not None:
+                wanted = list(inspect.signature(rule).parameters)[1:]
+                self.steps.append((k, rule, tuple(self._place(name, i) for name in wanted)))
+
+    def _place(self, name: str, position: int) -> int:
+        """Where among the kept values the one that a rule calls `name` stands; it is added if it is new."""
+        inputs = self.op.inputs
+        if name in ("out", "extras"):
+            wanted = (name, None)
+        elif name == "position":
+            wanted = ("constant", position)
+        elif name in self.op.attributes:
+            wanted = ("attribute", name)
+        elif name in inputs:
+            wanted = ("input", inputs.index(name))
+        elif name.removesuffix("_shape") in inputs:
+            wanted = ("shape", inputs.index(name.removesuffix("_shape")))
+        else:
+            raise TypeError(f"gradient({self.op.name}): a rule asks for {name!r}, which the operation does not have")
+        if self.op.variadic and wanted[0] in ("input", "shape"):
+            wanted = (f"{wanted[0]}s", None)
+        if wanted not in self.keep:
+            self.keep.append(wanted)
+        return self.keep.index(wanted)
+
+    def kept(self, arrays: list, attributes: dict, out: Any, extras: Any) -> list:
+        """The values that the rules of this plan need."""
+        values = []
+        for kind, key in self.keep:
+            if kind == "input":
+                values.append(arrays[key] if key < len(arrays) else None)
+            elif kind == "shape":
+                values.append(arrays[key].shape)
+            elif kind == "attribute":
+                values.append(attributes[key] if key in attributes else self.op.attributes[key])
+            elif kind == "out":
+                values.append(out)
+            elif kind == "constant":
+                values.append(key)
+            elif kind == "extras":
+                values.append(extras)
+            else:
+                values.append(tuple(arrays) if kind == "inputs" else tuple(getattr(a, "shape", ()) for a in arrays))
+        return values
+
+
+RULES: dict[Op, Rules] = {}
+NON_DIFFERENTIABLE: set[Op] = set()
+
+
+def gradient(op: Op, **rules: Callable | None) -> None:
+    """Give an operation its gradient: a rule for each input by name, or None for an input that has none."""
+    if op in RULES or op in NON_DIFFERENTIABLE:
+        raise ValueError(f"gradient: {op.name} has its rules already")
+    RULES[op] = Rules(op, rules)
+
+
+def non_differentiable(*ops: Op) -> None:
+    """Declare that the results of these operations do not vary smoothly with any input."""
+    NON_DIFFERENTIABLE.update(ops)
+
+
+# %% [markdown]
+# ### The table
+# Every operation of the chapters 02 to 05. Summing a gradient back to the shape of a broadcast input, and casting it
+# to the input's dtype, happen once, in the engine: so `add` hands on `g` as it is, whatever was broadcast.
+
+
+# %%
+def spread(g: Any, shape: tuple, dim: Any, keepdim: builtins.bool) -> Any:
+    """A reduction's gradient, repeated over the axes that it reduced."""
+    axes = range(len(shape)) if dim is None else [d % len(shape) for d in (dim if isinstance(dim, tuple) else (dim,))]
+    if not keepdim:
+        g = reshape(g, shape=tuple(1 if d in axes else n for d, n in enumerate(shape)))
+    return expand(g, shape=tuple(shape))
+
+
+def reduced_count(shape: tuple, dim: Any) -> int:
+    """How many elements each result of a reduction comes from."""
+    return math.prod(shape) if dim is None else math.prod(shape[d] for d in (dim if isinstance(dim, tuple) else (dim,)))
+
+
+def extreme_rule(g: Any, x: Any, out: Any, dim: Any, keepdim: builtins.bool) -> Any:
+    """To the extreme element; shared equally where several are equal."""
+    mask = cast(eq(x, spread(out, x.shape, dim, keepdim)), dtype=str(backend_of(raw(x)).dtype_name(raw(x))))
+    return spread(g, x.shape, dim, keepdim) * mask / sum(mask, dim=dim, keepdim=True)
+
+
+def power_rule(g: Any, a: Any, b: Any) -> Any:
+    """b a^(b-1), and 0 where b is 0, even at a = 0."""
+    if isinstance(b, (int, float)):
+        return g * 0 if b == 0 else mul(g, mul(pow(a, b - 1), b))
+    return mul(g, where(eq(b, 0), 0, mul(pow(a, where(eq(b, 0), 1, sub(b, 1))), b)))
+
+
+def matmul_left(g: Any, a_shape: tuple, b: Any) -> Any:
+    """g bᵀ; a vector counts as a row on the left and as a column on the right."""
+    if b.ndim == 1:
+        return mul(g, b) if len(a_shape) == 1 else mul(unsqueeze(g, -1), b)
+    if len(a_shape) == 1:
+        return getitem(matmul(b, unsqueeze(g, -1)), index=(..., 0))
+    return matmul(g, transpose(b, -2, -1))
+
+
+def matmul_right(g: Any, a: Any, b_shape: tuple) -> Any:
+    """aᵀ g; where one matrix b served a whole batch, the sum over the batch is one larger product."""
+    if a.ndim == 1:
+        return mul(g, a) if len(b_shape) == 1 else mul(unsqueeze(a, -1), unsqueeze(g, -2))
+    if len(b_shape) == 1:
+        return getitem(matmul(transpose(a, -2, -1), unsqueeze(g, -1)), index=(..., 0))
+    if len(b_shape) == 2 and a.ndim > 2:
+        a, g = reshape(a, shape=(-1, a.shape[-1])), reshape(g, shape=(-1, g.shape[-1]))
+    return matmul(transpose(a, -2, -1), g)
+
+
+def rows(x: Any) -> Any:
+    """(…, n) as (-1, n)."""
+    return x if x.ndim == 2 else reshape(x, shape=(-1, x.shape[-1]))
+
+
+def piece(g: Any, position: int, tensors_shape: tuple, dim: int) -> Any:
+    """The part of a concatenation's gradient that belongs to one of its inputs."""
+    dim %= g.ndim
+    start = builtins.sum(shape[dim] for shape in tensors_shape[:position])
+    stop = start + tensors_shape[position][dim]
+    return getitem(g, index=(slice(None),) * dim + (slice(start, stop),))
+
+
+@op
+def scatter(xp, g, *, index, shape):
+    """Zeros of a shape, with g added at the index: what `x[index]` does, backwards."""
+    zero = xp.zeros(tuple(shape), dtype=g.dtype)
+    if all(isinstance(part, (int, slice, type(None), type(...))) for part in as_tuple(index)):
+        xp.assign(zero, index, g)  # no place occurs twice
+        return zero
+    return xp.scatter_add(zero, index, g)
+
+
+def as_tuple(index: Any) -> tuple:
+    return index if isinstance(index, tuple) else (index,)
+
+
+def raw(x: Any) -> Any:
+    return x.data if isinstance(x, Tensor) else x
+
+
+# fmt: off
+gradient(add,        a=lambda g: g,                                 b=lambda g: g)
+gradient(sub,        a=lambda g: g,                                 b=lambda g: -g)
+gradient(mul,        a=lambda g, b: g * b,                          b=lambda g, a: g * a)
+gradient(div,        a=lambda g, b: g / b,                          b=lambda g, b, out: -(g * out) / b)
+gradient(pow,        a=power_rule,                                  b=lambda g, a, out: g * where(eq(a, 0), 0, out * log(where(eq(a, 0), 1, a))))
+gradient(maximum,    a=lambda g, a, b: where(lt(a, b), 0, where(eq(a, b), g / 2, g)),
+                     b=lambda g, a, b: where(lt(b, a), 0, where(eq(a, b), g / 2, g)))
+gradient(matmul,     a=matmul_left,                                 b=matmul_right)
+gradient(where,      condition=None,                                a=lambda g, condition: where(condition, g, 0),
+                                                                    b=lambda g, condition: where(condition, 0, g))
+gradient(neg,        x=lambda g: -g)
+gradient(abs,        x=lambda g, x: g * sign(x))
+gradient(exp,        x=lambda g, out: g * out)
+gradient(log,        x=lambda g, x: g / x)
+gradient(sqrt,       x=lambda g, out: g / (2 * out))
+gradient(sum,        x=lambda g, x_shape, dim, keepdim: spread(g, x_shape, dim, keepdim))
+gradient(mean,       x=lambda g, x_shape, dim, keepdim: spread(g / reduced_count(x_shape, dim), x_shape, dim, keepdim))
+gradient(amax,       x=extreme_rule)
+gradient(reshape,    x=lambda g, x_shape: reshape(g, shape=x_shape))
+gradient(permute,    x=lambda g, dims: permute(g, dims=[sorted(range(len(dims)), key=lambda i: dims[i] % len(dims))[j] for j in range(len(dims))]))
+gradient(expand,     x=lambda g: g)
+gradient(getitem,    x=lambda g, x_shape, index: scatter(g, index=index, shape=x_shape))
+gradient(scatter,    g=lambda g, index: getitem(g, index=index))
+gradient(concatenate, tensors=piece)
+gradient(cast,       x=lambda g: g)
+gradient(clone,      x=lambda g: g)
+gradient(to_device,  x=lambda g, device, source: to_device(g, device=source, source=device))
+gradient(index_put,  x=lambda g, index: index_put(g, 0, index=index), value=lambda g, index: getitem(g, index=index))
+gradient(overwrite,  x=None,                                        value=lambda g: g)
+# 03 activations
+gradient(relu,       x=lambda g, out: where(out > 0, g, 0))
+gradient(sigmoid,    x=lambda g, out: g * (out * (1 - out)))
+gradient(tanh,       x=lambda g, out: g * (1 - out * out))
+gradient(softmax,    x=lambda g, out, dim: out * (g - sum(g * out, dim=dim, keepdim=True)))
+gradient(log_softmax, x=lambda g, out, dim: g - exp(out) * sum(g, dim=dim, keepdim=True))
+# 04 layers, 05 losses
+gradient(linear,     x=lambda g, weight: matmul(g, weight),
+                     weight=lambda g, x: matmul(transpose(rows(g), 0, 1), rows(x)),
+                     bias=lambda g: g)
+# fmt: on
+non_differentiable(*(Op.registry[name] for name in ("eq", "ne", "lt", "le", "gt", "ge", "argmax")))
+non_differentiable(*(Op.registry[f"bitwise_{name}"] for name in ("and", "or", "xor", "not")))
+
+
+# %% [markdown]
+# ### Recording
+# Each operation on a tracked tensor leaves a *node*: what to call, what it needs, and the nodes that it came from. A
+# node keeps arrays and never its own output tensor, so no reference cycle arises and memory returns by itself. A
+# tensor that tracking starts from has a *leaf*, which holds its gradient and knows it only weakly.
+
+
+# %%
+class Leaf:
+    """Where a graph ends: a tensor whose gradient is wanted. `grad` is that gradient, a tensor, or None."""
+
+    __slots__ = ("__weakref__", "grad", "hooks", "number", "tensor")
+
+    def __init__(self, owner: Tensor) -> None:
+        self.number, self.tensor, self.grad, self.hooks = next(Writes.clock), weakref.ref(owner), None, None
+
+
+class Node:
+    """One recorded operation.
+
+    Attributes:
+        number: nodes are numbered as they are made, so that newest first is a topological order.
+        parents: the nodes and leaves of its tracked inputs.
+        values: what its rules need; None once they were used and freed.
+        shape, dtype: the output's, in which its gradient must arrive.
+    """
+
+    __slots__ = ("__weakref__", "dtype", "grad", "hooks", "line", "number", "parents", "plan", "shape", "values")
+
+    def __init__(self, plan: Any, parents: list, values: list, out: Any) -> None:
+        self.plan, self.parents, self.values = plan, parents, values
+        self.shape, self.dtype, self.number = out.shape, out.dtype, next(Writes.clock)
+        self.grad = self.hooks = self.line = None
+
+    @property
+    def name(self) -> str:
+        return self.plan.op.name
+
+    def gradients(self, g: Any, create_graph: builtins.bool) -> Iterable[tuple[Any, Any]]:
+        """(parent, gradient) for each parent, `g` being the gradient of the output."""
+        if self.values is None:
+            raise RuntimeError(
+                f"backward has been through {self.name} of shape {tuple(self.shape)} already and freed what it kept; "
+                "to go through a graph twice, say retain_graph=True the first time"
+            )
+        values = self._unchanged()
+        if create_graph:
+            values = [self._tracked(kind, key, value) for (kind, key), value in zip(self.plan.keep, values, strict=True)]
+        return [(self.parents[k], rule(g, *[values[i] for i in places])) for k, rule, places in self.plan.steps]
+
+    def _unchanged(self) -> list:
+        """The kept values; an error if one was written to since."""
+        if Writes.latest > self.number:
+            for (kind, _), value in zip(self.plan.keep, self.values, strict=True):
+                kept = value if kind in ("inputs", "extras") else (value,) if kind in ("input", "out") else ()
+                if any(hasattr(array, "dtype") and Writes.since(array, self.number) for array in kept or ()):
+                    raise RuntimeError(
+                        f"a value that {self.name} of shape {tuple(self.shape)} needs for backward was changed in place "
+                        "after it was recorded; change a clone instead, or change it after backward"
+                    )
+        return self.values
+
+    def _tracked(self, kind: str, key: Any, value: Any) -> Any:
+        """A kept array as the tensor that it was, so that what a rule computes from it is recorded in turn."""
+        if kind == "input" and hasattr(value, "dtype"):
+            parent = self.plan.parent_of_input.get(key)
+            return _tensor(value, None if parent is None else self.parents[parent])
+        if kind == "inputs":
+            return tuple(self._tracked("input", i, array) for i, array in enumerate(value))
+        return _tensor(value, self) if kind == "out" else None if kind == "extras" else value
+
+    def free(self) -> None:
+        self.values, self.parents = None, ()
+
+
+def _tensor(array: Any, trace: Any) -> Tensor:
+    result = Tensor(array)
+    result._trace = trace
+    return result
+
+
+def leaf_of(x: Tensor) -> Leaf:
+    """The leaf of a watched tensor; made when it is first needed."""
+    if x._trace is WATCHED:
+        x._trace = Leaf(x)
+    return x._trace
+
+
+class Mode(threading.local):
+    """Whether operations are recorded, in this thread."""
+
+    enabled = True
+    anomaly = None  # m06's appendix puts a function here that looks at every recorded result
+
+
+mode = Mode()
+
+
+class Recorder:
+    """What m02's door tells of operations on watched tensors. See `Op` for when it calls."""
+
+    def wants(self, *inputs: Any) -> builtins.bool:
+        return mode.enabled and any(isinstance(x, Tensor) and x._trace is not None for x in inputs)
+
+    def record(self, op: Op, inputs: Sequence, arrays: list, attributes: dict, result: Any) -> None:
+        if not mode.enabled:
+            return
+        parents, mask = [], 0
+        for i, x in enumerate(inputs):
+            if isinstance(x, Tensor) and x._trace is not None:
+                parents.append(leaf_of(x) if x._trace is WATCHED else x._trace)
+                mask |= 1 << i
+        rules = RULES.get(op)
+        if rules is None:
+            if op in NON_DIFFERENTIABLE:
+                return
+            raise NotImplementedError(
+                f"{op.name} has no gradient rule: give it one with gradient({op.name}, …), "
+                f"declare non_differentiable({op.name}), or call it under no_grad()"
+            )
+        plan = rules.plan(mask, len(inputs))
+        first, extras = (result[0], result[1:]) if isinstance(result, tuple) else (result, ())
+        out = first.data
+        if plan is not None and backend_of(out).is_floating(out):
+            values = plan.kept(arrays, attributes, out, tuple(x.data for x in extras))
+            first._trace = Node(plan, parents, values, out)
+            if mode.anomaly is not None:
+                mode.anomaly(first)
+
+    def replace(self, x: Tensor, result: Tensor) -> None:
+        """An in-place change of a tensor that a graph knows: it takes the result's array and place in the graph.
+
+        Its old array stays as it is, because rules may need it.
+        """
+        if x.watched and isinstance(leaf_of(x), Leaf):
+            raise RuntimeError(
+                f"a leaf that requires grad (shape {x.shape}) was to be changed in place while recording: "
+                "its gradient would be that of another value. Do it under no_grad(), or on a clone"
+            )
+        if result.shape != x.shape:
+            raise ValueError(f"in place: a result of shape {result.shape} does not fit a tensor of shape {x.shape}")
+        result = result.to(x.dtype)
+        x.data, x._trace = result.data, result._trace
+
+    def describe(self, x: Tensor) -> list[str]:
+        return [f"grad_fn=<{x._trace.name}>"] if isinstance(x._trace, Node) else ["requires_grad=True"]
+
+
+attach_recorder(Recorder())
+
+# %% [markdown]
+# ### Backward
+# Newest first: when a node's turn comes, every operation that used its output has been visited, because it is younger.
+# So its gradient is complete, each node is visited once, and no recursion is needed however long the chain.
+
+
+# %%
+def sum_to(g: Any, shape: tuple) -> Any:
+    """A gradient summed over the axes along which its tensor, of this shape, was broadcast."""
+    lead = g.ndim - len(shape)
+    axes = tuple(range(lead)) + tuple(lead + d for d, n in enumerate(shape) if n == 1 and g.shape[lead + d] != 1)
+    return reshape(sum(g, dim=axes, keepdim=True), shape=tuple(shape))
+
+
+def propagate(
+    roots: Sequence[tuple[Any, Any]], retain_graph: builtins.bool, create_graph: builtins.bool, wanted: set | None = None
+) -> dict:
+    """Send gradients from the roots to the leaves.
+
+    Args:
+        roots: (node, gradient) pairs; gradients are raw arrays, or tensors under `create_graph`.
+        wanted: the nodes and leaves whose gradients are returned, and then no leaf's `grad` is touched; None adds each
+            leaf's gradient to its `grad`.
+    """
+    arrived: dict[Any, Any] = {}
+    queue: list[tuple[int, Any]] = []
+    found: dict[Any, Any] = {}
+    needed = None if wanted is None else leading_to(wanted, [node for node, _ in roots])
+
+    def send(node: Any, g: Any) -> None:
+        if node in arrived:
+            arrived[node] = joined(arrived[node], g)
+        else:
+            arrived[node] = g
+            heapq.heappush(queue, (-node.number, node))
+
+    for node, g in roots:
+        send(node, g)
+    while queue:
+        node = heapq.heappop(queue)[1]
+        g = arrived.pop(node)
+        for hook in node.hooks or ():
+            g = call_hook(hook, g)
+        if wanted is not None and node in wanted:
+            found[node] = g
+        if isinstance(node, Leaf):
+            if wanted is None:
+                accumulate(node, g)
+            continue
+        for parent, part in node.gradients(g, create_graph):
+            if part is not None and (needed is None or parent in needed):
+                send(parent, fitted(part, parent, g))
+        if not retain_graph:
+            node.free()
+    return found
+
+
+def fitted(part: Any, parent: Any, g: Any) -> Any:
+    """A gradient in its tensor's shape and dtype."""
+    target = parent
+    if isinstance(parent, Leaf):
+        target = parent.tensor()
+        if target is None:
+            return part  # nobody holds the tensor any more
+        target = target.data
+    if target.shape is not None and part.shape != target.shape:
+        part = sum_to(part, target.shape)
+    array = raw(part)
+    if array.dtype != target.dtype:
+        part = cast(part, dtype=backend_of(array).names[target.dtype])
+    return part
+
+
+def joined(a: Any, b: Any) -> Any:
+    """Two gradients of one tensor, added up."""
+    if isinstance(a, list):  # one entry for each output of a Function
+        return [y if x is None else x if y is None else x + y for x, y in zip(a, b, strict=True)]
+    return a + b
+
+
+def accumulate(leaf: Leaf, g: Any) -> None:
+    """Add to a leaf's gradient. The leaf owns its array: what others may hold too is copied."""
+    owner = leaf.tensor()
+    if owner is None:
+        return
+    if isinstance(g, Tensor):  # create_graph: the gradient is part of a graph
+        leaf.grad = g if leaf.grad is None else leaf.grad + g
+    elif leaf.grad is None:
+        backend = backend_of(g)
+        leaf.grad = Tensor(g if backend.owns_memory(g) else backend.asarray(g, copy=True))
+    elif leaf.grad._trace is not None:
+        leaf.grad = leaf.grad + Tensor(g)
+    else:
+        leaf.grad.data += g
+        Writes.note(leaf.grad.data)
+
+
+def leading_to(wanted: set, starts: Sequence[Any]) -> set:
+    """The nodes of the graph below `starts` from which a wanted one is reached."""
+    order, seen, stack = [], set(), list(starts)
+    while stack:
+        node = stack.pop()
+        if node not in seen:
+            seen.add(node)
+            order.append(node)
+            stack.extend(getattr(node, "parents", ()))
+    needed = set(wanted)
+    for node in sorted(order, key=lambda node: node.number):
+        if any(parent in needed for parent in getattr(node, "parents", ())):
+            needed.add(node)
+    return needed
+
+
+def call_hook(hook: Callable, g: Any) -> Any:
+    """A hook sees a tensor and may return another in its place."""
+    result = hook(g if isinstance(g, Tensor) else Tensor(g))
+    if result is None:
+        return g
+    return result if isinstance(g, Tensor) else result.data
+
+
+# %% [markdown]
+# ### What the user sees
+# PyTorch's names. `requires_grad` is m02's neutral `watched` under the name that says what it is for.
+
+
+# %%
+def backward(
+    self: Tensor,
+    gradient: Tensor | None = None,
+    retain_graph: builtins.bool | None = None,
+    create_graph: builtins.bool = False,
+) -> None:
+    """Add the gradient of this tensor with respect to every leaf of its graph to the leaf's `grad`.
+
+    Args:
+        gradient: the gradient that this tensor itself gets; 1 where it has a single element, needed elsewhere.
+        retain_graph: keep what the graph holds for another backward; by default only if `create_graph`.
+        create_graph: record the computation of the gradients too, so that they can be differentiated.
+
+    Raises:
+        RuntimeError: nothing was recorded, the graph was freed by an earlier backward, or a value was changed in place.
+    """
+    retain = create_graph if retain_graph is None else retain_graph
+    with set_grad_enabled(create_graph):
+        propagate([root(self, gradient, create_graph)], retain, create_graph)
+
+
+def root(x: Tensor, gradient: Tensor | None, create_graph: builtins.bool) -> tuple[Any, Any]:
+    """Where backward starts, and with which gradient."""
+    if not x.watched:
+        raise RuntimeError(
+            f"backward: this tensor (shape {x.shape}) was computed from nothing that requires grad, or under no_grad()"
+        )
+    if gradient is None:
+        if x.numel() != 1:
+            raise RuntimeError(f"backward: of a tensor of shape {x.shape} a gradient of that shape must be given; "
+                               "it is 1 only where there is one element")  # fmt: skip
+        gradient = Tensor(backend_of(x.data).ones(x.data.shape, dtype=x.data.dtype))
+    elif gradient.shape != x.shape:
+        raise ValueError(f"backward: the gradient has shape {gradient.shape}, the tensor {x.shape}")
+    return leaf_of(x), gradient.to(x.dtype) if create_graph else gradient.to(x.dtype).data
+
+
+def grad(
+    outputs: Tensor | Sequence[Tensor],
+    inputs: Tensor | Sequence[Tensor],
+    grad_outputs: Tensor | Sequence[Tensor | None] | None = None,
+    retain_graph: builtins.bool | None = None,
+    create_graph: builtins.bool = False,
+    allow_unused: builtins.bool = False,
+) -> tuple[Tensor | None, ...]:
+    """The gradients of the sum of outputs with respect to the inputs; no `grad` is touched.
+
+    Raises:
+        RuntimeError: an input requires no grad, or does not influence the outputs (None with `allow_unused`).
+    """
+    outputs = (outputs,) if isinstance(outputs, Tensor) else tuple(outputs)
+    inputs = (inputs,) if isinstance(inputs, Tensor) else tuple(inputs)
+    given = (grad_outputs,) if isinstance(grad_outputs, Tensor) else grad_outputs or (None,) * len(outputs)
+    for i, x in enumerate(inputs):
+        if not x.watched:
+            raise RuntimeError(f"grad: input {i} (shape {x.shape}) does not require grad")
+    retain = create_graph if retain_graph is None else retain_graph
+    with set_grad_enabled(create_graph):
+        roots = [root(x, g, create_graph) for x, g in zip(outputs, given, strict=True)]
+        found = propagate(roots, retain, create_graph, {leaf_of(x) for x in inputs})
+    results = tuple(found.get(leaf_of(x)) for x in inputs)
+    for i, g in enumerate(results):
+        if g is None and not allow_unused:
+            raise RuntimeError(f"grad: the outputs do not depend on input {i}; allow_unused=True gives None for it")
+    return tuple(Tensor(g) if g is not None and not isinstance(g, Tensor) else g for g in results)
+
+
+class set_grad_enabled:
+    """Record operations, or do not, in a `with` block or a decorated function."""
+
+    def __init__(self, enabled: builtins.bool) -> None:
+        self.enabled, self.before = enabled, []
+
+    def __enter__(self) -> None:
+        self.before.append(mode.enabled)
+        mode.enabled = self.enabled
+
+    def __exit__(self, *_: Any) -> None:
+        mode.enabled = self.before.pop()
+
+    def __call__(self, function: Callable) -> Callable:
+        @functools.wraps(function)
+        def wrapped(*args: Any, **kwargs: Any) -> Any:
+            with set_grad_enabled(self.enabled):
+                return function(*args, **kwargs)
+
+        @functools.wraps(function)
+        def steps(*args: Any, **kwargs: Any) -> Any:
+            running = function(*args, **kwargs)
+            while True:  # the mode holds while the generator runs, not while its user does
+                with set_grad_enabled(self.enabled):
+                    try:
+                        item = next(running)
+                    except StopIteration as stop:
+                        return stop.value
+                yield item
+
+        return steps if inspect.isgeneratorfunction(function) else wrapped
+
+
+def _switch(enabled: builtins.bool, doc: str) -> Callable:
+    def switch(function: Callable | None = None) -> Any:
+        return set_grad_enabled(enabled) if function is None else set_grad_enabled(enabled)(function)
+
+    switch.__doc__ = doc
+    return switch
+
+
+no_grad = _switch(False, "Do not record: `with no_grad():`, `@no_grad()` or `@no_grad`.")
+enable_grad = _switch(True, "Record, also inside `no_grad()`.")
+inference_mode = _switch(False, "Do not record. Here it is `no_grad` under another name: tensors hold nothing to save.")
+
+
+def is_grad_enabled() -> builtins.bool:
+    return mode.enabled
+
+
+def detach(self: Tensor) -> Tensor:
+    """A tensor over the same memory that no graph knows."""
+    return Tensor(self.data)
+
+
+def requires_grad_(self: Tensor, requires_grad: builtins.bool = True) -> Tensor:
+    """Start (or stop) recording what is computed from this tensor. Stopping drops its gradient."""
+    if isinstance(self._trace, Node):
+        if not requires_grad:
+            raise RuntimeError("requires_grad = False: this tensor is a result, not a leaf; detach() gives one without")
+    elif requires_grad and not self.dtype.is_floating_point:
+        raise RuntimeError(f"only tensors of floats can require grad, this one has dtype {self.dtype}")
+    else:
+        self.watched = requires_grad
+    return self
+
+
+def _set_grad(self: Tensor, value: Tensor | None) -> None:
+    if value is not None and value.shape != self.shape:
+        raise ValueError(f"grad: expected the tensor's shape {self.shape}, got {value.shape}")
+    if value is not None or isinstance(self._trace, (Leaf, Node)):
+        if not self.watched:
+            raise RuntimeError("grad can only be set on a tensor that requires grad")
+        leaf_of(self).grad = value
+
+
+def retain_grad(self: Tensor) -> None:
+    """Keep the gradient of this result in its `grad` too, not only those of leaves."""
+    node = weakref.ref(leaf_of(self))
+    if isinstance(self._trace, Node):
+        self.register_hook(lambda g: setattr(node(), "grad", g))
+
+
+def register_hook(self: Tensor, hook: Callable[[Tensor], Tensor | None]) -> None:
+    """Have `hook(gradient)` called when this tensor's gradient is known; what it returns, if anything, replaces it."""
+    if not self.watched:
+        raise RuntimeError("register_hook: this tensor does not require grad, so no gradient will come")
+    node = leaf_of(self)
+    node.hooks = [*(node.hooks or ()), hook]
+
+
+Tensor.extend(
+    backward=backward, detach=detach, requires_grad_=requires_grad_, retain_grad=retain_grad, register_hook=register_hook,
+    requires_grad=property(lambda self: self.watched, requires_grad_),
+    grad=property(lambda self: getattr(self._trace, "grad", None), _set_grad),
+    is_leaf=property(lambda self: not isinstance(self._trace, Node)),
+    grad_fn=property(lambda self: self._trace if isinstance(self._trace, Node) else None),
+)  # fmt: skip
+
+
+def test_chain_rule_by_hand() -> None:
+    x = tensor([0.5, 2.0], requires_grad=True)
+    (x.exp() * x).sum().backward()
+    assert_close(x.grad, [math.exp(0.5) * 1.5, math.exp(2.0) * 3.0])
+
+
+def test_used_twice_adds_up_and_broadcast_sums() -> None:
+    x, y = tensor([[1.0], [2.0]], requires_grad=True), tensor([3.0, 4.0, 5.0], requires_grad=True)
+    (x * y + x).sum().backward()
+    assert_close(x.grad, [[15.0], [15.0]])
+    assert_close(y.grad, [3.0, 3.0, 3.0])
+
+
+def test_long_chain_needs_no_recursion() -> None:
+    x = y = tensor(1.0, requires_grad=True)
+    for _ in range(5_000):
+        y = y + 1
+    y.backward()
+    assert x.grad.item() == 1.0
+
+
+def test_errors_say_what_to_do() -> None:
+    x = tensor([1.0, 2.0], requires_grad=True)
+    y = (x * x).sum()
+    y.backward()
+    kept = tensor([3.0, 4.0])
+    z = (x * kept).sum()
+    kept += 1
+    for wrong, words in ((y, "retain_graph=True"), (z, "changed in place"), (tensor(1.0), "requires grad")):
+        try:
+            wrong.backward()
+        except RuntimeError as error:
+            assert words in str(error)
+        else:
+            raise AssertionError(f"expected an error that says {words!r}")
+
+
+# %% [markdown]
+# ### Checking gradients
+# A wrong rule trains almost as well as a right one, so rules are checked against finite differences, in float64:
+# $\partial L / \partial x_i \approx (L(x + \epsilon e_i) - L(x - \epsilon e_i)) / 2 \epsilon$, for a random projection
+# $L$ of the outputs.
+
+
+# %%
+def gradcheck(
+    function: Callable, inputs: Tensor | Sequence[Tensor], eps: float = 1e-6, atol: float = 1e-5, rtol: float = 1e-3
+) -> builtins.bool:
+    """Compare the gradients of `function(*inputs)` with finite differences; AssertionError where they differ.
+
+    Inputs that require grad must be float64; float32 is too coarse for differences.
+    """
+    inputs = (inputs,) if isinstance(inputs, Tensor) else tuple(inputs)
+    checked = [x for x in inputs if isinstance(x, Tensor) and x.requires_grad]
+    if not checked or any(x.dtype != float64 for x in checked):
+        raise ValueError(f"gradcheck: expected float64 inputs that require grad, got {[x.dtype for x in checked]}")
+    weights: list[Tensor] = []
+
+    def projected() -> Tensor:
+        outputs = function(*inputs)
+        outputs = [y for y in ((outputs,) if isinstance(outputs, Tensor) else outputs) if y.dtype.is_floating_point]
+        if not weights:
+            weights.extend(randn(y.shape, dtype=y.dtype, device=y.device) for y in outputs)
+        return functools.reduce(lambda a, b: a + b, [(y * w).sum() for y, w in zip(outputs, weights, strict=True)])
+
+    total = projected()
+    exact = grad(total, checked, allow_unused=True) if total.requires_grad else (None,) * len(checked)
+    for k, (x, g) in enumerate(zip(checked, exact, strict=True)):
+        numeric = differences(projected, x, eps)
+        assert_close(zeros(x.shape, dtype=float64) if g is None else g.detach().cpu(), numeric, rtol, atol)
+    return True
+
+
+@no_grad
+def differences(function: Callable[[], Tensor], x: Tensor, eps: float) -> Tensor:
+    """The gradient of a scalar function with respect to x, by central differences. Changes x and puts it back."""
+    flat = x.detach().cpu().clone().reshape(-1)
+    slopes = []
+    for i, value in enumerate(flat.tolist()):
+        ends = []
+        for shifted in (value + eps, value - eps):
+            flat[i] = shifted
+            x.copy_(flat.reshape(x.shape).to(x.device))
+            ends.append(function().item())
+        flat[i] = value
+        slopes.append((ends[0] - ends[1]) / (2 * eps))
+    x.copy_(flat.reshape(x.shape).to(x.device))
+    return tensor(slopes, dtype=float64, device="cpu").reshape(x.shape)
+
+
+def gradgradcheck(function: Callable, inputs: Tensor | Sequence[Tensor], **tolerances: float) -> builtins.bool:
+    """Compare second derivatives with finite differences of first ones."""
+    inputs = (inputs,) if isinstance(inputs, Tensor) else tuple(inputs)
+    checked = [i for i, x in enumerate(inputs) if isinstance(x, Tensor) and x.requires_grad]
+    output = function(*inputs)
+    v = randn(output.shape, dtype=float64, device=output.device).requires_grad_()
+
+    def first_derivatives(v: Tensor, *inputs: Any) -> list[Tensor]:
+        y = function(*inputs)
+        found = grad(y, [inputs[i] for i in checked], v, create_graph=True, allow_unused=True)
+        return [g for g in found if g is not None and g.requires_grad]
+
+    return not first_derivatives(v, *inputs) or gradcheck(first_derivatives, (v, *inputs), **tolerances)
+
+
+def test_gradcheck_finds_a_wrong_rule() -> None:
+    x = randn(3, dtype=float64).requires_grad_()
+    assert gradcheck(lambda x: (x * x).exp(), x) and gradgradcheck(lambda x: (x * x).exp(), x)
+    try:
+        gradcheck(lambda x: x * x.detach(), x)  # half of the gradient is missing
+    except AssertionError:
+        return
+    raise AssertionError("a missing half of a gradient was not noticed")
+
+
+# %% [markdown]
+# ## Systems analysis
+#
+# Recording costs a fixed time an operation, and a graph holds what its rules need: `exp` its output, `mul` both inputs,
+# `add` nothing. That memory, not the parameters', is what limits the batch size of a deep network.
+
+
+# %%
+def analyze() -> None:
+    """Measure the cost of recording and of backward for an operation, and the bytes a graph keeps."""
+    plain, tracked = ones(4), ones(4, requires_grad=True)
+
+    def chain(x: Tensor, length: int = 1000) -> Tensor:
+        for _ in range(length):
+            x = x * 1.0001
+        return x.sum()
+
+    untracked, forward = seconds(lambda: chain(plain)), seconds(lambda: chain(tracked))
+    both = seconds(lambda: chain(tracked).backward())
+    print_table(
+        ["a chain of 1,000 x * c", "µs an operation"],
+        [
+            ["untracked", f"{untracked * 1e3:.2f}"],
+            ["recorded", f"{forward * 1e3:.2f}"],
+            ["recorded and backward", f"{both * 1e3:.2f}"],
+        ],
+    )
+    rows = []
+    for name, function in (("x + x", lambda x: x + x), ("x * x", lambda x: x * x), ("exp(x)", exp), ("relu(x)", relu)):
+        for n in (1_000, 1_000_000):
+            x = randn(n, requires_grad=True)
+            node = function(x).grad_fn
+            kept = {id(v): v.nbytes for v in node.values if hasattr(v, "nbytes")}
+            rows.append([name, f"{n:,}", f"{builtins.sum(kept.values()):,}"])
+    print_table(["operation", "elements", "bytes kept for backward"], rows)
+
+
+# %% [markdown]
+# ## Production context
+#
+# PyTorch's autograd does the same in C++: `derivatives.yaml` holds the rules, code generation turns each into a `Node`
+# with its `SavedVariable`s (which check a version counter, as `Writes` does here), `AccumulateGrad` nodes are our
+# leaves, and the engine takes ready nodes from a queue ordered by sequence number, on one thread for each device. JAX
+# instead traces the whole function first and transforms the program; that is how it composes `grad`, `vmap` and `jit`.
+# What is left out here: gradients of views that are changed in place (an in-place change gives a tensor a new array,
+# so its earlier views keep the old values), forward mode, complex numbers, and threads.
+
+# %% [markdown]
+# ## Integration testing
+
+
+# %%
+def test_network_gradients_equal_finite_differences() -> None:
+    model = Sequential(Linear(4, 5), tanh, Linear(5, 3))
+    model.to(float64)
+    x, labels = randn(6, 4, dtype=float64), tensor([0, 1, 2, 2, 1, 0])
+    assert gradcheck(lambda *_: cross_entropy(model(x), labels), list(model.parameters()))
+    cross_entropy(model(x), labels).backward()
+    assert all(isinstance(p, Parameter) and p.grad.shape == p.shape for p in model.parameters())
+
+
+# %% [markdown]
+# ## Thinking questions
+#
+# 1. A network of 100 layers keeps each layer's input. Which of them could be computed again instead, and at what cost?
+# 2. `relu` keeps its output and not its input. Why does that often cost no memory at all?
+# 3. Forward mode multiplies the Jacobians from the right. For which shapes of function is it the cheaper order?
+# 4. Backward newest first frees as it goes. When is the peak of memory reached, and does the order of two branches matter?
+# 5. The sum of many small float16 gradients loses digits. Where in this engine would you accumulate in float32?
+
+# %% [markdown]
+# ## Summary
+#
+# A table of rules, a recorder behind the door of module 02, and a queue: that is automatic differentiation. Every
+# operation of 02 to 05 has its gradient now without having been changed. Module 07 uses the gradients.
+
+
+if __name__ == "__main__":
+    run_module(globals())
