@@ -17,7 +17,7 @@ from __future__ import annotations
 import os
 import sys
 from types import ModuleType
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 
@@ -46,6 +46,7 @@ class Backend:
     name: str  # "numpy", "cupy", "array_api_strict", "torch"
     device: str  # what `Tensor.device` shows: "cpu", "cuda:0", …
     default_float = "float32"
+    usual_float: Any  # the library's own float32: inputs that all have it need no promotion
     array_type: type  # the type of every array of this backend
 
     def __init__(self, namespace: ModuleType, device: str) -> None:
@@ -53,13 +54,15 @@ class Backend:
         self.device = device
         self.dtypes = {name: getattr(namespace, name) for name in DTYPE_KINDS if hasattr(namespace, name)}
         self.names = {native: name for name, native in self.dtypes.items()}
+        self.usual_float = self.dtypes["float32"]
         for name in dir(namespace):  # copied, so that `xp.exp` is one look-up; our own methods go first
             if not name.startswith("_") and not hasattr(type(self), name) and name not in vars(self):
                 setattr(self, name, getattr(namespace, name))
         self.seed(0)
 
-    def __getattr__(self, name: str) -> Any:
-        raise AttributeError(f"backend {self.__dict__.get('name', type(self).__name__)} has no function {name!r}")
+    if TYPE_CHECKING:  # a real __getattr__ would slow every look-up down, also those that succeed
+
+        def __getattr__(self, name: str) -> Any: ...
 
     def __repr__(self) -> str:
         return f"<backend {self.name} on {self.device}>"

@@ -25,6 +25,7 @@ class CupyBackend(Backend):
         super().__init__(namespace, f"cuda:{index}")
         self.names = {np.dtype(native): name for name, native in self.dtypes.items()}
         self.dtypes = {name: native for native, name in self.names.items()}
+        self.usual_float = self.dtypes["float32"]
         for creation in ("zeros", "ones", "full", "empty", "eye", "arange", "linspace", "asarray"):
             setattr(self, creation, self._here(getattr(namespace, creation)))
 
@@ -123,6 +124,9 @@ class CupyBackend(Backend):
         pynvml.nvmlInit()
         info = pynvml.nvmlDeviceGetMemoryInfo(pynvml.nvmlDeviceGetHandleByIndex(self.index))
         return Memory(info.used, cupy.get_default_memory_pool().total_bytes(), info.total)
+
+    def owns_memory(self, array: Array) -> bool:
+        return array.base is None
 
     def buffer_id(self, array: Array) -> int:
         return array.data.mem.ptr

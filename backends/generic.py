@@ -31,7 +31,8 @@ class GenericBackend(Backend):
 
     def take_index(self, x: Array, index: Any) -> Array:
         if _is_standard(index):
-            return x[index]
+            parts = index if isinstance(index, tuple) else (index,)
+            return x[parts if ... in parts else (*parts, ...)]
         where = self._positions(x.shape, index)
         flat = self.take(self.reshape(x, (-1,)), self.from_numpy(where.reshape(-1)), axis=0)
         return self.reshape(flat, where.shape)

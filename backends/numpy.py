@@ -25,6 +25,7 @@ class NumpyBackend(Backend):
         super().__init__(namespace, "cpu")
         self.names = {np.dtype(native): name for name, native in self.dtypes.items()}
         self.dtypes = {name: native for native, name in self.names.items()}
+        self.usual_float = self.dtypes["float32"]
 
     def is_floating(self, array: Array) -> bool:
         return array.dtype.kind == "f"
@@ -39,8 +40,10 @@ class NumpyBackend(Backend):
                 dtype = x.dtype
             elif x.dtype is not dtype:
                 return super().promote(inputs, floating)
-        if dtype is None or dtype.kind == "f":
+        if dtype is None:
             return inputs
+        if dtype.kind == "f":  # np.float64 is a Python float too, and as weak; NumPy would make the others that wide
+            return [float(x) if type(x) is np.float64 else x for x in inputs]
         return super().promote(inputs, floating)
 
     def scatter_add(self, x: Array, index: Any, values: Array) -> Array:
@@ -65,6 +68,9 @@ class NumpyBackend(Backend):
 
     def to_numpy(self, array: Array) -> np.ndarray:
         return np.asarray(array)
+
+    def owns_memory(self, array: Array) -> bool:
+        return type(array) is np.ndarray and array.base is None
 
     def buffer_id(self, array: Array) -> int:
         while isinstance(array.base, np.ndarray):

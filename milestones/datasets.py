@@ -15,6 +15,7 @@ import os
 import shutil
 import zlib
 from collections.abc import Iterator
+from contextlib import suppress
 from functools import partial
 from http.client import HTTPException
 from pathlib import Path
@@ -26,7 +27,7 @@ import numpy as np
 import tinytorch
 from tinytorch.m01_setup import data_folder, to_numpy
 from tinytorch.m02_tensor import Tensor
-from tinytorch.m02_tensor_appendix import as_tensor
+from tinytorch.m02_tensor_appendix import as_tensor, get_default_device
 
 Arrays = tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]
 
@@ -146,19 +147,21 @@ def _download(name: str, wanted_in: Path, allowed: bool) -> Path:
 
     file, source, folder, problems = f"{name}.gz", MNIST[name], data_folder() / "mnist", {}
     part = folder / f"{file}.part"
+    pooch.get_logger().setLevel("WARNING")  # the progress bar has said it already
     for _ in range(ROUNDS if allowed else 0):
         before = _size(part)
         for mirror in MIRRORS:
-            fetch = partial(_continue, part=part, size=source.size)
             try:
-                path = pooch.retrieve(mirror + file, f"md5:{source.md5}", file, folder, downloader=fetch)
+                _continue(mirror + file, part, source.size)
+                path = pooch.retrieve(mirror + file, f"md5:{source.md5}", file, folder, downloader=partial(_copy, part))
             except ValueError:  # pooch says so of a wrong checksum: what we have is not the start of the file
                 part.unlink(missing_ok=True)
                 problems[mirror] = "the content is not the official one"
             except (OSError, HTTPException) as error:
                 problems[mirror] = str(error) or type(error).__name__
             else:
-                part.unlink(missing_ok=True)
+                with suppress(OSError):  # gone, or another process has it open
+                    part.unlink()
                 return Path(path)
         if _size(part) == before:
             break
@@ -169,13 +172,11 @@ def _download(name: str, wanted_in: Path, allowed: bool) -> Path:
     )
 
 
-def _continue(url: str, output_file: str, _: Any, *, part: Path, size: int) -> None:
-    """A downloader for pooch that fetches what `part` lacks of `size` bytes, and then copies it to `output_file`.
-
-    A copy, because another process may be writing to the same `part`: what pooch has checked must not change.
-    """
+def _continue(url: str, part: Path, size: int) -> None:
+    """Fetch what `part` lacks of `size` bytes. Whatever breaks, it keeps what has arrived."""
     have = _size(part)
     if have < size:
+        part.parent.mkdir(parents=True, exist_ok=True)
         with urlopen(Request(url, headers={"Range": f"bytes={have}-"}), timeout=TIMEOUT) as response:
             if not response.headers.get("Content-Range", "").startswith(f"bytes {have}-"):
                 have = 0  # this server sends everything again
@@ -185,6 +186,10 @@ def _continue(url: str, output_file: str, _: Any, *, part: Path, size: int) -> N
             _receive(response, part, have, size)
     if (have := _size(part)) < size:
         raise ConnectionError(f"the connection ended after {have:,} of {size:,} bytes")
+
+
+def _copy(part: Path, _url: str, output_file: str, _pooch: Any) -> None:
+    """What pooch takes for a downloader; it checks the copy, which no other process writes to, and then renames it."""
     shutil.copyfile(part, output_file)
 
 
@@ -291,7 +296,8 @@ class Batches:
             if self.epoch == epoch:  # false for an iterator that a newer one has overtaken
                 self.batch = batch + 1
             chosen = order[batch * self.batch_size : (batch + 1) * self.batch_size]
-            yield as_tensor(self.images[chosen]), as_tensor(self.labels[chosen])
+            device = get_default_device()
+            yield as_tensor(self.images[chosen], device=device), as_tensor(self.labels[chosen], device=device)
         if self.epoch == epoch:
             self.epoch, self.batch, self._left = epoch + 1, 0, False
 

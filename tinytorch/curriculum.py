@@ -95,9 +95,15 @@ MODULES = (
         checkpoint="Bend a line: activations and a softmax that stays stable",
         exports={
             "": "relu sigmoid softmax log_softmax",
-            "nn": "ReLU LeakyReLU Sigmoid Tanh GELU SiLU Softplus ELU Hardtanh Softmax LogSoftmax",
+            "nn": """
+                ReLU LeakyReLU Sigmoid Tanh GELU SiLU Softplus ELU Hardtanh Softmax LogSoftmax
+                ReLU6 Hardsigmoid Hardswish Mish Softsign LogSigmoid Softmin Threshold Tanhshrink Softshrink
+                Hardshrink SELU CELU GLU
+            """,
             "nn.functional": """
                 relu leaky_relu sigmoid tanh gelu silu softplus elu hardtanh softmax log_softmax
+                relu6 hardsigmoid hardswish mish softsign logsigmoid softmin threshold tanhshrink softshrink
+                hardshrink selu celu glu prelu
             """,
         },
     ),
@@ -108,12 +114,14 @@ MODULES = (
         part="Foundations",
         checkpoint="Build a network from layers, and save and load its state",
         exports={
+            "": "save load",
             "nn": """
                 Parameter Module Linear Sequential ModuleList ModuleDict Flatten Unflatten Identity Dropout
             """,
             "nn.functional": "linear dropout",
             "nn.init": """
                 kaiming_uniform_ kaiming_normal_ xavier_uniform_ xavier_normal_ normal_ uniform_ zeros_ ones_ constant_
+                trunc_normal_ orthogonal_ eye_ calculate_gain
             """,
         },
     ),
@@ -126,10 +134,14 @@ MODULES = (
         exports={
             "nn": """
                 MSELoss L1Loss HuberLoss SmoothL1Loss CrossEntropyLoss NLLLoss BCELoss BCEWithLogitsLoss KLDivLoss
+                GaussianNLLLoss PoissonNLLLoss SoftMarginLoss MarginRankingLoss HingeEmbeddingLoss
+                CosineEmbeddingLoss TripletMarginLoss
             """,
             "nn.functional": """
                 mse_loss l1_loss huber_loss smooth_l1_loss cross_entropy nll_loss binary_cross_entropy
                 binary_cross_entropy_with_logits kl_div
+                gaussian_nll_loss poisson_nll_loss soft_margin_loss margin_ranking_loss hinge_embedding_loss
+                cosine_similarity cosine_embedding_loss pairwise_distance triplet_margin_loss
             """,
         },
     ),
@@ -167,7 +179,7 @@ MODULES = (
         title="Training",
         part="Foundations",
         checkpoint="Train a network that survives being killed at any moment",
-        exports={"": "Trainer save load"},
+        exports={"": "Trainer"},
     ),
 )
 

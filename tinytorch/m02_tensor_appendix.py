@@ -17,8 +17,8 @@ from typing import Any, ClassVar, NamedTuple
 from tinytorch.backends import BY_TYPE, DTYPE_KINDS, backend_of, get_backend, set_default_float
 from tinytorch.m02_tensor import (
     DTYPES,
-    DType,
     Device,
+    DType,
     Op,
     Tensor,
     _default,
@@ -494,14 +494,13 @@ def var(xp, x, *, dim=None, correction=1, keepdim=False):
 @op
 def prod(xp, x, *, dim=None, keepdim=False):
     """The product over `dim`. Booleans and integers multiply to int64."""
-    return xp.prod(xp.astype(x, xp.int64) if x.dtype == xp.bool else x, axis=dim, keepdims=keepdim)
+    return xp.prod(x if xp.is_floating(x) else xp.cast(x, "int64"), axis=dim, keepdims=keepdim)
 
 
 @op
 def cumsum(xp, x, *, dim):
     """Sums of the elements so far along `dim`."""
-    x = xp.astype(x, xp.int64) if x.dtype == xp.bool else x
-    return xp.cumulative_sum(x, axis=dim)
+    return xp.cumulative_sum(x if xp.is_floating(x) else xp.cast(x, "int64"), axis=dim)
 
 
 @op(dtypes="float")
@@ -546,12 +545,12 @@ class Extreme(NamedTuple):
 
 
 def max(x: Tensor, dim: Any = None, keepdim: builtins.bool = False) -> Any:
-    """The largest element; with an axis, (values, indices) along it; with a tensor, the larger of both elementwise."""
+    """The largest element; with an axis, (values, indices) along it; with a tensor, the larger of both."""
     return _extreme(x, dim, keepdim, amax, argmax, maximum_op)
 
 
 def min(x: Tensor, dim: Any = None, keepdim: builtins.bool = False) -> Any:
-    """The smallest element; with an axis, (values, indices) along it; with a tensor, the smaller of both elementwise."""
+    """The smallest element; with an axis, (values, indices) along it; with a tensor, the smaller of both."""
     return _extreme(x, dim, keepdim, amin, argmin, minimum)
 
 
@@ -578,6 +577,8 @@ def flatten(x: Tensor, start_dim: int = 0, end_dim: int = -1) -> Tensor:
     """The axes from `start_dim` to `end_dim` made one."""
     if not x.ndim:
         return reshape(x, shape=(1,))
+    if not (-x.ndim <= start_dim < x.ndim and -x.ndim <= end_dim < x.ndim):
+        raise IndexError(f"flatten: axes {start_dim} to {end_dim} of a tensor of shape {x.shape}")
     start, end = start_dim % x.ndim, end_dim % x.ndim
     return reshape(x, shape=(*x.shape[:start], math.prod(x.shape[start : end + 1]), *x.shape[end + 1 :]))
 
@@ -616,7 +617,7 @@ def pad(xp, x, *, pad, value=0.0):
         raise ValueError(f"pad: expected lengths >= 0, got {tuple(pad)}")
     borders = [(0, 0)] * (x.ndim - len(pad) // 2) + [(pad[i], pad[i + 1]) for i in range(len(pad) - 2, -1, -2)]
     shape = tuple(n + before + after for n, (before, after) in zip(x.shape, borders, strict=True))
-    out = xp.full(shape, xp.promote([x, value])[1] if not hasattr(value, "dtype") else value, dtype=x.dtype)
+    out = xp.full(shape, DTYPE_KINDS[xp.dtype_name(x)](value), dtype=x.dtype)
     out[tuple(slice(before, before + n) for n, (before, _) in zip(x.shape, borders, strict=True))] = x
     return out
 
@@ -846,7 +847,7 @@ def einsum(equation: str, *operands: Any) -> Tensor:
 
 
 def explicit_equation(equation: str, ranks: Sequence[int]) -> str:
-    """The equation with its result written out and letters in the place of "..."; ValueError where it makes no sense."""
+    """The equation with its result written out and letters for "..."; ValueError where it makes no sense."""
     terms, arrow, result = equation.replace(" ", "").partition("->")
     parts = terms.split(",")
     if len(parts) != len(ranks):

@@ -80,7 +80,9 @@ def test_a_chapter_has_its_eight_parts(module: Module, root) -> None:
     ]
     assert headings == PARTS
     lines = source.splitlines()
-    assert 150 <= len(lines) <= 700
+    first_cell = next(i for i, line in enumerate(lines) if line.startswith("# %%"))
+    # What there is to read: the formatter decides on blank lines and on how many lines an import takes.
+    assert 150 <= sum(bool(line.strip()) for line in lines[first_cell:]) <= 700
     assert prose_share(lines) <= 0.4
     tree = ast.parse(source)
     defined = {node.name for node in tree.body if isinstance(node, ast.FunctionDef)}

@@ -1,0 +1,305 @@
+"""Figures and tables at the end of a milestone: what they count, and that they are written whole or not at all."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import matplotlib as mpl
+import numpy as np
+import pytest
+from matplotlib.figure import Figure
+from matplotlib.image import imread
+
+from tinytorch.m02_tensor import tensor
+from tinytorch.milestones import report
+from tinytorch.milestones.report import (
+    confusion_matrix,
+    plot_confusion,
+    plot_curves,
+    plot_decision,
+    plot_mistakes,
+    print_confusion,
+)
+
+
+@pytest.fixture
+def drawn(monkeypatch: pytest.MonkeyPatch) -> list[Figure]:
+    """The figures that were saved, to look into."""
+    figures: list[Figure] = []
+    save = report._save
+
+    def keep(figure: Figure, path: Path) -> Path:
+        figures.append(figure)
+        return save(figure, path)
+
+    monkeypatch.setattr(report, "_save", keep)
+    return figures
+
+
+def history(epochs: int, seed: int = 0, **constant: float) -> list[dict]:
+    generator = np.random.default_rng(seed)
+    names = ("loss", "accuracy", "val_loss", "val_accuracy", "lr")
+    return [
+        {"epoch": e, **dict(zip(names, generator.random(5), strict=True)), **constant} for e in range(1, epochs + 1)
+    ]
+
+
+def is_picture(path: Path) -> bool:
+    """Whether a file is a PNG that is not of one colour."""
+    return imread(path)[..., :3].std() > 0.01
+
+
+# -- curves ------------------------------------------------------------------------------------------------------------
+
+
+def test_curves_show_the_numbers_of_the_history(drawn: list, tmp_path: Path) -> None:
+    rows = history(12)
+    path = plot_curves(rows, tmp_path / "new" / "folder" / "curves.png", title="A run")
+    assert is_picture(path)
+    loss, accuracy, rate = drawn[0].axes
+    assert drawn[0].get_suptitle() == "A run"
+    assert (loss.get_ylabel(), accuracy.get_ylabel()) == ("cross-entropy (nats)", "accuracy (%)")
+    assert {axes.get_xlabel() for axes in drawn[0].axes} == {"epoch"}
+    shown = {(i, line.get_label()): line for i, axes in enumerate(drawn[0].axes) for line in axes.lines}
+    expected = {(0, "training"): "loss", (0, "validation"): "val_loss", (1, "training"): "accuracy",
+                (1, "validation"): "val_accuracy", (2, "training"): "lr"}  # fmt: skip
+    assert shown.keys() == expected.keys()
+    for key, name in expected.items():
+        scale = 100 if "accuracy" in name else 1
+        assert shown[key].get_xdata().tolist() == [row["epoch"] for row in rows]
+        assert np.allclose(shown[key].get_ydata(), [scale * row[name] for row in rows])
+    assert shown[0, "training"].get_linestyle() != shown[0, "validation"].get_linestyle()
+    assert rate.get_legend() is None
+
+
+def test_curves_leave_out_what_there_is_not(drawn: list, tmp_path: Path) -> None:
+    rows = [{"epoch": e, "loss": 1 / e, "val_loss": None, "lr": 0.1} for e in range(1, 6)]
+    rows[2]["loss"] = float("nan")
+    rows[3]["loss"] = float("inf")
+    plot_curves(rows, tmp_path / "curves.png")
+    (axes,) = drawn[0].axes
+    (line,) = axes.lines
+    assert np.isfinite(line.get_ydata()).tolist() == [True, True, False, False, True]
+    assert is_picture(plot_curves(history(1), tmp_path / "one.png"))
+    assert is_picture(plot_curves(history(500, lr=0.1), tmp_path / "many.png"))
+    with pytest.raises(ValueError, match="no epoch"):
+        plot_curves([], tmp_path / "none.png")
+
+
+# -- confusion ---------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("wrap", [np.asarray, tensor, lambda values: values.astype(np.uint8)])
+def test_the_confusion_matrix_counts_pairs(wrap: Callable) -> None:
+    generator = np.random.default_rng(1)
+    labels, predictions = generator.integers(0, 7, 500), generator.integers(0, 7, 500)
+    matrix = confusion_matrix(wrap(labels), wrap(predictions), 8)
+    assert matrix.dtype == np.int64
+    pairs = list(zip(labels.tolist(), predictions.tolist(), strict=True))
+    assert matrix.tolist() == [[pairs.count((i, j)) for j in range(8)] for i in range(8)]
+    assert confusion_matrix(np.array([], int), np.array([], int), 3).tolist() == [[0] * 3] * 3
+
+
+@pytest.mark.parametrize(
+    ("labels", "predictions", "message"),
+    [
+        ([0, 3], [0, 1], "label 3 is not a class, which are 0 to 2"),
+        ([0, 1], [0, -1], "prediction -1 is not a class"),
+        ([0, 1], [0, 1, 2], r"expected \(N,\) twice, got \(2,\) and \(3,\)"),
+        ([0.0, 1.0], [0, 1], "label to be a whole number, got float64"),
+    ],
+)
+def test_what_is_no_class_is_refused(labels: list, predictions: list, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        confusion_matrix(np.array(labels), np.array(predictions), 3)
+
+
+def a_matrix(classes: int, count: int, seed: int = 2) -> np.ndarray:
+    generator = np.random.default_rng(seed)
+    labels, predictions = generator.integers(0, classes, (2, count))
+    predictions = np.where(generator.random(count) < 0.9, labels, predictions)
+    return confusion_matrix(labels, predictions, classes)
+
+
+@pytest.mark.parametrize(("classes", "count"), [(2, 9), (10, 360), (10, 900_000), (40, 5000), (300, 9999)])
+def test_a_confusion_fits_the_terminal(classes: int, count: int, capsys: pytest.CaptureFixture) -> None:
+    matrix = a_matrix(classes, count)
+    print_confusion(matrix, width=80)
+    output = capsys.readouterr().out
+    assert max(map(len, output.splitlines())) <= 80
+    right = np.trace(matrix)
+    assert f"{right:,} of {count:,} right ({100 * right / count:.1f} %)" in output
+
+
+def test_a_confusion_fits_every_width(capsys: pytest.CaptureFixture) -> None:
+    matrix = a_matrix(10, 3000)
+    for width in range(40, 90):
+        print_confusion(matrix, width=width)
+        assert max(map(len, capsys.readouterr().out.splitlines())) <= width
+    print_confusion(matrix, width=54)
+    assert "read as\nlabel" in capsys.readouterr().out
+
+
+def test_a_printed_confusion_shows_every_count(capsys: pytest.CaptureFixture) -> None:
+    matrix = a_matrix(10, 3000)
+    print_confusion(matrix, width=80)
+    for i, line in enumerate(capsys.readouterr().out.splitlines()[2:12]):
+        label, *counts, right, sign = line.replace("·", "0").split()
+        assert (label, sign) == (str(i), "%")
+        assert list(map(int, counts)) == matrix[i].tolist()
+        assert float(right) == pytest.approx(100 * matrix[i, i] / matrix[i].sum(), abs=0.05)
+
+
+def test_a_wide_confusion_is_a_list_of_the_most_frequent_mistakes(capsys: pytest.CaptureFixture) -> None:
+    matrix = np.diag(np.full(40, 9))
+    matrix[3, 5], matrix[7, 1] = 4, 6
+    print_confusion(matrix, [f"kind{i}" for i in range(40)], width=80)
+    mistakes = [line.split() for line in capsys.readouterr().out.splitlines()[:-1]]
+    assert mistakes == [["6", "×", "kind7,", "read", "as", "kind1"], ["4", "×", "kind3,", "read", "as", "kind5"]]
+
+
+def test_a_class_that_never_occurs_has_no_share(capsys: pytest.CaptureFixture, tmp_path: Path) -> None:
+    print_confusion([[3, 0], [0, 0]])
+    assert capsys.readouterr().out.splitlines()[-2].split() == ["1", "·", "·", "-"]
+    assert is_picture(plot_confusion([[3, 0], [0, 0]], tmp_path / "confusion.png"))
+    print_confusion(np.zeros((2, 2), int))
+    assert "0 of 0 right" in capsys.readouterr().out
+    for matrix in (np.zeros((2, 3), int), np.zeros((0, 0), int), np.zeros(4, int)):
+        with pytest.raises(ValueError, match="square"):
+            print_confusion(matrix)
+    with pytest.raises(ValueError, match="2 classes, but there are 3 names"):
+        print_confusion(np.eye(2, dtype=int), "abc")
+
+
+def test_a_drawn_confusion_shows_every_count(drawn: list, tmp_path: Path) -> None:
+    matrix = a_matrix(10, 3000)
+    assert is_picture(plot_confusion(matrix, tmp_path / "confusion.png", list("abcdefghij")))
+    (axes,) = drawn[0].axes
+    texts = {(round(t.get_position()[1]), round(t.get_position()[0])): int(t.get_text()) for t in axes.texts}
+    assert texts == {(i, j): matrix[i, j] for i, j in np.argwhere(matrix)}
+    assert [label.get_text() for label in axes.get_yticklabels()] == list("abcdefghij")
+    assert (axes.get_xlabel(), axes.get_ylabel()) == ("read as", "label")
+    assert is_picture(plot_confusion(a_matrix(100, 3000), tmp_path / "many.png"))
+
+
+# -- decisions ---------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("wrap", [np.asarray, tensor])
+def test_decisions_colour_the_plane_as_predicted(wrap: Callable, drawn: list, tmp_path: Path) -> None:
+    points = np.random.default_rng(3).uniform(-1, 1, (80, 2))
+    labels = (points[:, 0] > 0).astype(int)
+
+    def predict(given: np.ndarray) -> object:
+        assert given.dtype == np.float32
+        return wrap((given[:, 0] + given[:, 1] > 0).astype(int))
+
+    assert is_picture(plot_decision(predict, wrap(points), wrap(labels), tmp_path / "plane.png"))
+    (axes,) = drawn[0].axes
+    (image,) = axes.images
+    left, right, bottom, top = image.get_extent()
+    assert left < points[:, 0].min() < points[:, 0].max() < right
+    assert image.origin == "lower"
+    regions = image.get_array()
+    x, y = np.meshgrid(np.linspace(left, right, 300), np.linspace(bottom, top, 300))
+    clear = abs(x + y) > 1e-3
+    assert np.array_equal(regions[clear], (x + y > 0)[clear])
+    scatters = {marks.get_label(): marks.get_offsets() for marks in axes.collections if "decided" in marks.get_label()}
+    wrong = points[labels != (points.sum(axis=1) > 0)].astype(np.float32)
+    assert np.array_equal(scatters["decided wrongly"], wrong)
+    assert axes.get_title() == f"{80 - len(wrong)} of 80 points right"
+
+
+def test_decisions_of_one_class_or_of_many_are_drawn(tmp_path: Path) -> None:
+    points = np.random.default_rng(4).uniform(-1, 1, (30, 2))
+    assert is_picture(plot_decision(lambda p: np.zeros(len(p), int), points, points[:, 0] > 0, tmp_path / "one.png"))
+    eight = lambda p: np.floor(4 * p[:, 0] + 4).clip(0, 7)
+    assert is_picture(plot_decision(eight, points, eight(points), tmp_path / "eight.png"))
+    assert is_picture(plot_decision(lambda p: p[:, 0] > 0, points[:1], [1], tmp_path / "point.png"))
+
+
+def test_what_cannot_be_decided_is_refused(tmp_path: Path) -> None:
+    points = np.random.default_rng(5).uniform(-1, 1, (30, 2))
+    labels = (points[:, 0] > 0).astype(int)
+    for predict in (lambda p: p[:, 0], lambda p: p[:5, 0] > 0, lambda p: p > 0):
+        with pytest.raises(ValueError, match="whole number for each of 90030 points"):
+            plot_decision(predict, points, labels, tmp_path / "plane.png")
+    for bad_points, bad_labels in ((points[:, :1], labels), (points, labels[:3]), (points[:0], labels[:0])):
+        with pytest.raises(ValueError, match=r"expected points \(N, 2\)"):
+            plot_decision(lambda p: p[:, 0] > 0, bad_points, bad_labels, tmp_path / "plane.png")
+    assert list(tmp_path.iterdir()) == []
+
+
+# -- mistakes ----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("shape", [(1, 8, 8), (8, 8), (3, 8, 8)])
+def test_the_most_confident_mistakes_come_first(shape: tuple, drawn: list, tmp_path: Path) -> None:
+    generator = np.random.default_rng(6)
+    images, labels = generator.random((200, *shape)), generator.integers(0, 10, 200)
+    predictions = np.where(generator.random(200) < 0.8, labels, (labels + 1) % 10)
+    confidence = generator.random(200)
+    assert is_picture(plot_mistakes(images, labels, predictions, confidence, tmp_path / "mistakes.png", count=7))
+    wrong = sorted((i for i in range(200) if labels[i] != predictions[i]), key=lambda i: -confidence[i])
+    assert len(drawn[0].axes) == 7
+    for axes, i in zip(drawn[0].axes, wrong, strict=False):
+        assert axes.get_title() == f"{labels[i]}, read as {predictions[i]}\n{100 * confidence[i]:.0f} % sure"
+        image = np.moveaxis(images[i], 0, -1) if shape[0] == 3 else images[i].reshape(8, 8)
+        assert np.array_equal(axes.images[0].get_array(), image)
+    assert drawn[0].get_supxlabel() == f"{len(wrong)} of 200 read wrongly, 7 shown"
+
+
+def test_no_mistakes_and_few_mistakes(drawn: list, tmp_path: Path) -> None:
+    images, labels = np.random.default_rng(7).random((5, 1, 8, 8)), np.arange(5)
+    sure = np.ones(5)
+    assert is_picture(plot_mistakes(images, labels, labels, sure, tmp_path / "none.png"))
+    plot_mistakes(tensor(images), tensor(labels), tensor(labels[::-1].copy()), tensor(sure), tmp_path / "four.png")
+    assert [len(figure.axes) for figure in drawn] == [0, 4]
+    with pytest.raises(ValueError, match="differ in length: 5, 5, 4, 5"):
+        plot_mistakes(images, labels, labels[1:], sure, tmp_path / "mistakes.png")
+
+
+# -- files -------------------------------------------------------------------------------------------------------------
+
+
+def test_an_old_figure_survives_a_failure(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = plot_curves(history(3), tmp_path / "curves.png")
+    before = path.read_bytes()
+
+    def fail(*_: object) -> None:
+        raise OSError("the disk is full")
+
+    for place in ("os.fsync", "os.replace"):
+        with monkeypatch.context() as patched:
+            patched.setattr(place, fail)
+            with pytest.raises(OSError, match="the disk is full"):
+                plot_curves(history(4), path)
+    assert path.read_bytes() == before
+    assert list(tmp_path.iterdir()) == [path]
+
+
+def test_the_name_decides_the_format(tmp_path: Path) -> None:
+    assert b"<svg" in plot_curves(history(3), tmp_path / "curves.svg").read_bytes()
+    assert plot_curves(history(3), tmp_path / "curves").read_bytes().startswith(b"\x89PNG")
+
+
+def test_drawing_leaves_matplotlib_as_it_was(tmp_path: Path) -> None:
+    before = dict(mpl.rcParams)
+    plot_confusion(a_matrix(10, 300), tmp_path / "confusion.png")
+    assert dict(mpl.rcParams) == before
+
+
+def test_matplotlib_loads_with_the_first_figure_and_pyplot_never(tmp_path: Path) -> None:
+    program = f"""
+import sys
+from tinytorch.milestones import report
+assert "matplotlib" not in sys.modules
+report.print_confusion([[1, 0], [0, 1]])
+assert "matplotlib" not in sys.modules
+report.plot_confusion([[1, 0], [0, 1]], {str(tmp_path / "confusion.png")!r})
+assert "matplotlib.pyplot" not in sys.modules
+"""
+    subprocess.run([sys.executable, "-c", program], check=True, cwd=Path(__file__).parents[2])

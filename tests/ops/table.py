@@ -1,0 +1,930 @@
+"""Every operation of chapters 02–05 beside an independent reference: NumPy in float64.
+
+A row says how an operation is called, on which inputs, what it must give, which inputs have a gradient, and which calls
+must fail with which words. The functions that are composed of operations have rows too. `test_ops.py` runs the rows on
+every device, and fails where an operation has none.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import numpy as np
+
+import tinytorch as t
+import tinytorch.nn.functional as F
+from tinytorch.m02_tensor import Op
+
+Generator = np.random.Generator
+Draw = Callable[[Generator, tuple], np.ndarray]
+
+
+class Case(NamedTuple):
+    """Inputs and attributes of one call. A float64 array stands for one of the floating dtype under test."""
+
+    inputs: tuple[Any, ...]
+    attributes: dict[str, Any]
+
+
+def case(*inputs: Any, **attributes: Any) -> Case:
+    return Case(tuple(np.asarray(x) if isinstance(x, np.generic) else x for x in inputs), attributes)
+
+
+class Bad(NamedTuple):
+    """A call that must fail, with this error, and with these words in its message."""
+
+    call: Callable[[], Any]
+    error: type[Exception]
+    words: str
+
+
+@dataclass(frozen=True)
+class Row:
+    """One operation.
+
+    Attributes:
+        operation: the Op's name; for a composite, the function's.
+        call, reference: the same signature, for tensors and for NumPy arrays.
+        cases: draws inputs at which the operation is smooth, if it has gradients.
+        smooth: the positions of the inputs that have a gradient.
+        result: the dtype of the result: "same" as the promoted inputs, "float" (integers become float32), or a name.
+        integers: whether integer inputs in the place of floating ones are tested too.
+        loose: how many times the usual tolerance is asked for in float32.
+    """
+
+    operation: str
+    call: Callable
+    reference: Callable
+    cases: Callable[[Generator], Iterator[Case]]
+    smooth: tuple[int, ...]
+    result: str
+    integers: bool
+    bad: tuple[Bad, ...]
+    loose: float
+
+
+OPS: dict[str, Row] = {}
+COMPOSITES: dict[str, Row] = {}
+
+
+def row(
+    operation: str,
+    call: Callable,
+    reference: Callable,
+    cases: Callable[[Generator], Iterator[Case]],
+    smooth: Sequence[int] = (0,),
+    result: str = "same",
+    integers: bool = False,
+    bad: Sequence[Bad] = (),
+    loose: float = 1,
+) -> None:
+    table = OPS if operation in Op.registry else COMPOSITES
+    assert operation not in table, f"two rows for {operation}"
+    table[operation] = Row(operation, call, reference, cases, tuple(smooth), result, integers, tuple(bad), loose)
+
+
+# -- values ------------------------------------------------------------------------------------------------------------
+
+
+def normal(rng: Generator, shape: tuple) -> np.ndarray:
+    return rng.normal(size=shape)
+
+
+def positive(rng: Generator, shape: tuple) -> np.ndarray:
+    return rng.uniform(0.3, 2.5, size=shape)
+
+
+def off_zero(rng: Generator, shape: tuple) -> np.ndarray:
+    """Of both signs, and at least 0.2 from 0."""
+    return rng.choice([-1.0, 1.0], size=shape) * rng.uniform(0.2, 2.0, size=shape)
+
+
+def off_whole(rng: Generator, shape: tuple) -> np.ndarray:
+    """At least 0.1 from every multiple of a half."""
+    return rng.integers(-6, 6, size=shape) / 2 + rng.uniform(0.1, 0.4, size=shape)
+
+
+def distinct(rng: Generator, shape: tuple) -> np.ndarray:
+    """No two values closer than 0.1."""
+    count = math.prod(shape)
+    return (rng.permutation(count).reshape(shape) - count / 2) * 0.2 + rng.uniform(0, 0.1, size=shape)
+
+
+def whole(rng: Generator, shape: tuple) -> np.ndarray:
+    return rng.integers(-4, 5, size=shape)
+
+
+def logical(rng: Generator, shape: tuple) -> np.ndarray:
+    return rng.random(shape) < 0.5
+
+
+# -- shapes ------------------------------------------------------------------------------------------------------------
+
+SHAPES = ((3, 2), (), (0, 3), (2, 1, 3), (4,))
+PAIRS = (((2, 3), (2, 3)), ((2, 3), (3,)), ((2, 1, 2), (3, 1)), ((), (3,)), ((), ()), ((0, 3), (1, 3)), ((1, 1), (2, 1)))
+
+
+def unary(draw: Draw = normal, **attributes: Any) -> Callable:
+    """Each shape, with the same attributes."""
+
+    def cases(rng: Generator) -> Iterator[Case]:
+        for shape in SHAPES:
+            yield case(draw(rng, shape), **attributes)
+
+    return cases
+
+
+def binary(first: Draw = normal, second: Draw | None = None) -> Callable:
+    """Each pair of shapes, and a Python number on either side."""
+    second = second or first
+
+    def cases(rng: Generator) -> Iterator[Case]:
+        for shape_a, shape_b in PAIRS:
+            yield case(first(rng, shape_a), second(rng, shape_b))
+        yield case(np.asarray(first(rng, ())).item(), second(rng, (2, 2)))
+        yield case(first(rng, (2, 2)), np.asarray(second(rng, ())).item())
+
+    return cases
+
+
+def apart(rng: Generator) -> Iterator[Case]:
+    """Pairs whose elements are never near each other."""
+    for shape_a, shape_b in PAIRS:
+        yield case(off_zero(rng, shape_a) * 4, rng.uniform(-0.5, 0.5, size=shape_b))
+    yield case(off_zero(rng, (3,)) * 4, 0.25)
+
+
+def with_attributes(shapes: Sequence[tuple], attributes: Sequence[dict], draw: Draw = normal) -> Callable:
+    """A shape with each attributes; shapes and attributes are paired off."""
+
+    def cases(rng: Generator) -> Iterator[Case]:
+        for shape, given in zip(shapes, attributes, strict=True):
+            yield case(draw(rng, shape), **given)
+
+    return cases
+
+
+REDUCTIONS = (
+    ((2, 3), {}),
+    ((2, 3), {"keepdim": True}),
+    ((2, 3), {"dim": 0}),
+    ((2, 1, 3), {"dim": -1, "keepdim": True}),
+    ((2, 2, 3), {"dim": (0, -1)}),
+    ((2, 1, 3), {"dim": 1}),
+    ((), {}),
+    ((4,), {"dim": 0}),
+)
+EMPTY_RESULT = ((0, 3), {"dim": 1})  # nothing to reduce, so that an extreme need not exist
+EMPTY_INPUT = ((2, 0), {"dim": 1})  # nothing to reduce over
+
+
+def reductions(*more: tuple, draw: Draw = normal, tuples: bool = True, **always: Any) -> Callable:
+    chosen = [(s, a) for s, a in (*REDUCTIONS, *more) if tuples or not isinstance(a.get("dim"), tuple)]
+    return with_attributes([s for s, _ in chosen], [{**a, **always} for _, a in chosen], draw)
+
+
+def numpy_reduction(function: Callable) -> Callable:
+    """NumPy's function with PyTorch's names of the arguments."""
+    return lambda x, dim=None, keepdim=False: function(x, axis=dim, keepdims=keepdim)
+
+
+def one_axis(*more: tuple, draw: Draw = normal, **always: Any) -> Callable:
+    """Operations along exactly one axis."""
+    pairs = [((2, 3), 0), ((2, 3), -1), ((2, 1, 3), 1), ((4,), 0), ((0, 3), 1), *more]
+    return with_attributes([s for s, _ in pairs], [{"dim": d, **always} for _, d in pairs], draw)
+
+
+def bad(call: Callable[[], Any], error: type[Exception], words: str) -> Bad:
+    return Bad(call, error, words)
+
+
+def does_not_broadcast(name: str, kind: str = "float32") -> Bad:
+    return bad(lambda: Op.registry[name](t.ones(2, 3, dtype=kind), t.ones(4, dtype=kind)), ValueError, rf"{name}: .*\(2, 3\).*\(4,\)")
+
+
+def no_such_axis(name: str, **always: Any) -> Bad:
+    return bad(lambda: Op.registry[name](t.ones(2, 3), dim=2, **always), (ValueError, IndexError), rf"{name}: .*\(2, 3\)")
+
+
+def not_for(kind: str, name: str) -> Bad:
+    """Refused for a dtype."""
+    return bad(lambda: Op.registry[name](t.ones(2, dtype=kind)), (TypeError, ValueError), f"{name}: .*{kind}")
+
+
+# -- elementwise, two inputs -------------------------------------------------------------------------------------------
+
+row("add", lambda a, b: a + b, np.add, binary(), (0, 1), integers=True, bad=[does_not_broadcast("add")])
+row("sub", lambda a, b: a - b, np.subtract, binary(), (0, 1), integers=True, bad=[does_not_broadcast("sub")])
+row("mul", lambda a, b: a * b, np.multiply, binary(), (0, 1), integers=True, bad=[does_not_broadcast("mul")])
+row("div", lambda a, b: a / b, np.true_divide, binary(normal, off_zero), (0, 1), "float", bad=[does_not_broadcast("div")])
+row("pow", lambda a, b: a**b, np.power, binary(positive, off_zero), (0, 1), bad=[does_not_broadcast("pow")])
+row("maximum", t.maximum, np.maximum, apart, (0, 1), integers=True, bad=[does_not_broadcast("maximum")])
+row("minimum", t.minimum, np.minimum, apart, (0, 1), integers=True, bad=[does_not_broadcast("minimum")])
+
+
+def divisions(rng: Generator) -> Iterator[Case]:
+    """Quotients at least 0.1 from whole numbers."""
+    for shape_a, shape_b in PAIRS:
+        b = rng.choice([-1.0, 1.0], size=shape_b) * rng.uniform(0.5, 1.5, size=shape_b)
+        quotient = rng.integers(-3, 3, size=np.broadcast_shapes(shape_a, shape_b)) + 0.5
+        quotient = quotient if quotient.shape == shape_a else np.broadcast_to(quotient.flat[0] if quotient.size else 0.5, shape_a)
+        yield case(quotient * (b if b.shape == quotient.shape else 1.0), b if b.shape == quotient.shape else np.sign(b))
+    yield case(np.array([3.25, -3.25]), 1.5)
+
+
+row("floor_divide", lambda a, b: a // b, np.floor_divide, divisions, (), bad=[does_not_broadcast("floor_divide")])
+row("remainder", lambda a, b: a % b, np.remainder, divisions, (0, 1), bad=[does_not_broadcast("remainder")])
+
+
+
+def few(rng: Generator, shape: tuple) -> np.ndarray:
+    """-1, 0 or 1, so that equal ones are frequent."""
+    return rng.integers(-1, 2, size=shape).astype(np.float64)
+
+
+COMPARISONS = {
+    "eq": (lambda a, b: a == b, np.equal),
+    "ne": (lambda a, b: a != b, np.not_equal),
+    "lt": (lambda a, b: a < b, np.less),
+    "le": (lambda a, b: a <= b, np.less_equal),
+    "gt": (lambda a, b: a > b, np.greater),
+    "ge": (lambda a, b: a >= b, np.greater_equal),
+}
+for _name, (_call, _reference) in COMPARISONS.items():
+    row(_name, _call, _reference, binary(few), (), "bool", integers=True, bad=[does_not_broadcast(_name)])
+
+
+def bits(rng: Generator) -> Iterator[Case]:
+    yield from binary(whole)(rng)
+    yield from binary(logical)(rng)
+
+
+for _name, _call, _reference in (
+    ("bitwise_and", lambda a, b: a & b, np.bitwise_and),
+    ("bitwise_or", lambda a, b: a | b, np.bitwise_or),
+    ("bitwise_xor", lambda a, b: a ^ b, np.bitwise_xor),
+):
+    floats = bad(lambda name=_name: Op.registry[name](t.ones(2), t.ones(2)), (TypeError, ValueError), f"{_name}: .*float32")
+    row(_name, _call, _reference, bits, (), bad=[does_not_broadcast(_name, "int64"), floats])
+
+
+def both_kinds_of_bits(rng: Generator) -> Iterator[Case]:
+    yield from unary(whole)(rng)
+    yield from unary(logical)(rng)
+
+
+row("bitwise_not", lambda x: ~x, np.invert, both_kinds_of_bits, (), bad=[not_for("float32", "bitwise_not")])
+
+# -- elementwise, one input --------------------------------------------------------------------------------------------
+
+erf = np.vectorize(math.erf, otypes=[np.float64])
+
+row("neg", lambda x: -x, np.negative, unary(), integers=True)
+row("abs", abs, np.abs, unary(off_zero), integers=True)
+row("exp", t.exp, np.exp, unary(), result="float", integers=True)
+row("log", t.log, np.log, unary(positive), result="float")
+row("sqrt", t.sqrt, np.sqrt, unary(positive), result="float")
+row("rsqrt", t.rsqrt, lambda x: x**-0.5, unary(positive), result="float")
+row("log1p", t.log1p, np.log1p, unary(positive), result="float")
+row("expm1", t.expm1, np.expm1, unary(), result="float", integers=True)
+row("sin", t.sin, np.sin, unary(), result="float", integers=True)
+row("cos", t.cos, np.cos, unary(), result="float", integers=True)
+row("tanh", t.tanh, np.tanh, unary(), result="float", integers=True)
+row("erf", t.erf, erf, unary(), result="float", integers=True)
+row("sign", t.sign, np.sign, unary(off_zero), integers=True)
+row("floor", t.floor, np.floor, unary(off_whole))
+row("ceil", t.ceil, np.ceil, unary(off_whole))
+row("round", t.round, np.round, unary(off_whole))
+
+
+def unusual(rng: Generator) -> Iterator[Case]:
+    yield case(np.array([[1.0, np.nan], [np.inf, -np.inf]]))
+    yield case(np.array(np.nan))
+    yield case(np.zeros((0, 2)))
+
+
+for _name, _reference in (("isnan", np.isnan), ("isinf", np.isinf), ("isfinite", np.isfinite)):
+    row(_name, getattr(t, _name), _reference, unusual, (), "bool")
+
+
+def clamps(rng: Generator) -> Iterator[Case]:
+    for attributes in ({"min": -1.0, "max": 1.0}, {"min": 0.0}, {"max": 0}, {"min": -1, "max": 2}):
+        yield case(off_whole(rng, (3, 2)), **attributes)
+    yield case(off_whole(rng, ()), min=0.0)
+    yield case(off_whole(rng, (0, 2)), min=0.0)
+
+
+row(
+    "clamp", t.clamp, lambda x, min=None, max=None: np.clip(x, min, max), clamps,
+    bad=[bad(lambda: t.clamp(t.ones(2)), ValueError, "clamp: expected min, max or both")],
+)  # fmt: skip
+
+
+def choices(rng: Generator) -> Iterator[Case]:
+    for shape_a, shape_b in PAIRS:
+        yield case(logical(rng, np.broadcast_shapes(shape_a, shape_b)), normal(rng, shape_a), normal(rng, shape_b))
+    yield case(logical(rng, (2, 3)), 1.5, normal(rng, (3,)))
+    yield case(logical(rng, (3,)), normal(rng, (2, 1)), 0)
+
+
+row(
+    "where", t.where, np.where, choices, (1, 2),
+    bad=[bad(lambda: t.where(t.ones(3) > 0, t.ones(2), 0), ValueError, r"where: .*\(3,\).*\(2,\)")],
+)  # fmt: skip
+
+row("square", t.square, np.square, unary(), integers=True)
+row("reciprocal", t.reciprocal, np.reciprocal, unary(off_zero))
+row("logical_not", t.logical_not, np.logical_not, both_kinds_of_bits, (), "bool")
+row("logical_and", t.logical_and, np.logical_and, bits, (), "bool")
+row("logical_or", t.logical_or, np.logical_or, bits, (), "bool")
+
+
+def masked(rng: Generator) -> Iterator[Case]:
+    yield case(normal(rng, (3, 2)), logical(rng, (3, 2)), 1.5)
+    yield case(normal(rng, (3, 2)), logical(rng, (2,)), -7)
+    yield case(normal(rng, ()), logical(rng, ()), 0.0)
+
+
+row("masked_fill", t.masked_fill, lambda x, mask, value: np.where(mask, value, x), masked)
+
+# -- reductions --------------------------------------------------------------------------------------------------------
+
+
+def of_nothing(name: str) -> Bad:
+    return bad(lambda: Op.registry[name](t.ones(0, 3)), (ValueError, IndexError), rf"{name}: .*\(0, 3\)")
+
+
+row("sum", t.sum, numpy_reduction(np.sum), reductions(EMPTY_INPUT), result="total", integers=True, bad=[no_such_axis("sum")])
+row("mean", t.mean, numpy_reduction(np.mean), reductions(EMPTY_RESULT), result="float", integers=True, bad=[no_such_axis("mean")])
+row("prod", t.prod, numpy_reduction(np.prod), reductions(EMPTY_INPUT, draw=off_zero, tuples=False), result="total", integers=True,
+    bad=[no_such_axis("prod")])  # fmt: skip
+row("amax", t.amax, numpy_reduction(np.max), reductions(EMPTY_RESULT, draw=distinct), integers=True,
+    bad=[no_such_axis("amax"), of_nothing("amax")])  # fmt: skip
+row("amin", t.amin, numpy_reduction(np.min), reductions(EMPTY_RESULT, draw=distinct), integers=True,
+    bad=[no_such_axis("amin"), of_nothing("amin")])  # fmt: skip
+row("argmax", t.argmax, numpy_reduction(np.argmax), reductions(EMPTY_RESULT, draw=distinct, tuples=False), (), "int64",
+    integers=True, bad=[no_such_axis("argmax"), of_nothing("argmax")])  # fmt: skip
+row("argmin", t.argmin, numpy_reduction(np.argmin), reductions(EMPTY_RESULT, draw=distinct, tuples=False), (), "int64",
+    integers=True, bad=[no_such_axis("argmin"), of_nothing("argmin")])  # fmt: skip
+row("any", t.any, numpy_reduction(np.any), reductions(EMPTY_INPUT, draw=logical), (), "bool", bad=[no_such_axis("any")])
+row("all", t.all, numpy_reduction(np.all), reductions(EMPTY_INPUT, draw=logical), (), "bool", bad=[no_such_axis("all")])
+
+
+def spreads(rng: Generator) -> Iterator[Case]:
+    for shape, attributes in REDUCTIONS:
+        count = math.prod(shape) if "dim" not in attributes else math.prod(np.array(shape)[np.array(attributes["dim"])].flat)
+        if count > 1:
+            yield case(normal(rng, shape), **attributes)
+            yield case(normal(rng, shape), correction=0, **attributes)
+
+
+def numpy_var(x: np.ndarray, dim: Any = None, correction: float = 1, keepdim: bool = False) -> np.ndarray:
+    return np.var(x, axis=dim, ddof=correction, keepdims=keepdim)
+
+
+row("var", t.var, numpy_var, spreads, result="float", integers=True, bad=[no_such_axis("var")])
+row("std", t.std, lambda *a, **k: np.sqrt(numpy_var(*a, **k)), spreads, result="float")
+
+
+def numpy_logsumexp(x: np.ndarray, dim: Any, keepdim: bool = False) -> np.ndarray:
+    return np.log(np.sum(np.exp(x), axis=dim, keepdims=keepdim))
+
+
+def with_dim(rng: Generator) -> Iterator[Case]:
+    for shape, attributes in REDUCTIONS:
+        if "dim" in attributes:
+            yield case(normal(rng, shape), **attributes)
+
+
+row("logsumexp", t.logsumexp, numpy_logsumexp, with_dim, result="float", integers=True, bad=[no_such_axis("logsumexp")])
+row("cumsum", t.cumsum, lambda x, dim: np.cumsum(x, axis=dim), one_axis(((0, 2), 0)), result="total", integers=True,
+    bad=[no_such_axis("cumsum")])  # fmt: skip
+
+
+def numpy_norm(x: np.ndarray, p: float = 2, dim: Any = None, keepdim: bool = False) -> np.ndarray:
+    a = np.abs(x)
+    if p == math.inf:
+        return np.max(a, axis=dim, keepdims=keepdim)
+    if p == -math.inf:
+        return np.min(a, axis=dim, keepdims=keepdim)
+    if p == 0:
+        return np.sum(a != 0, axis=dim, keepdims=keepdim)
+    return np.sum(a**p, axis=dim, keepdims=keepdim) ** (1 / p)
+
+
+def norms(rng: Generator) -> Iterator[Case]:
+    for p in (2, 1, 3, 0.5, math.inf, -math.inf):
+        yield case(np.abs(distinct(rng, (2, 3))) + 0.05 * np.arange(6).reshape(2, 3) + 0.3, p=p)
+        yield case(distinct(rng, (5,)) + 0.77, p=p, dim=0, keepdim=True)
+
+
+row("vector_norm", Op.registry["vector_norm"], numpy_norm, reductions(draw=off_zero), result="float", bad=[no_such_axis("vector_norm")])
+row("norm", t.norm, numpy_norm, norms)
+row("max", lambda x, dim, keepdim=False: t.max(x, dim, keepdim),
+    lambda x, dim, keepdim=False: (x.max(dim, keepdims=keepdim), x.argmax(dim, keepdims=keepdim)),
+    one_axis(((2, 2), 1), draw=distinct), result="with int64")  # fmt: skip
+row("min", lambda x, dim, keepdim=False: t.min(x, dim, keepdim),
+    lambda x, dim, keepdim=False: (x.min(dim, keepdims=keepdim), x.argmin(dim, keepdims=keepdim)),
+    one_axis(((2, 2), 1), draw=distinct), result="with int64")  # fmt: skip
+
+# -- shape -------------------------------------------------------------------------------------------------------------
+
+
+def shaped(*pairs: tuple, **always: Any) -> Callable:
+    return with_attributes([s for s, _ in pairs], [{**a, **always} for _, a in pairs])
+
+
+row(
+    "reshape", t.reshape, lambda x, shape: x.reshape(shape),
+    shaped(((2, 3), {"shape": (3, 2)}), ((2, 3), {"shape": (-1,)}), ((), {"shape": (1, 1)}), ((0, 3), {"shape": (3, 0)}),
+           ((1,), {"shape": ()})),
+    bad=[bad(lambda: t.ones(2, 3).reshape(4, 2), ValueError, r"reshape: .*\(2, 3\)")],
+)  # fmt: skip
+row(
+    "permute", t.permute, lambda x, dims: x.transpose(dims),
+    shaped(((2, 3), {"dims": (1, 0)}), ((2, 1, 3), {"dims": (2, 0, 1)}), ((2, 3, 1), {"dims": (-1, 0, 1)}), ((), {"dims": ()})),
+    bad=[bad(lambda: t.ones(2, 3).permute(0, 0), (ValueError, IndexError), r"permute: .*\(2, 3\)")],
+)  # fmt: skip
+row(
+    "expand", lambda x, shape: x.expand(shape),
+    lambda x, shape: np.broadcast_to(x, [m if n == -1 else n for n, m in zip(shape, (1,) * (len(shape) - x.ndim) + x.shape, strict=True)]),
+    shaped(((1, 3), {"shape": (2, 3)}), ((2, 1), {"shape": (3, -1, 2)}), ((), {"shape": (2, 2)}), ((1,), {"shape": (0,)})),
+    bad=[bad(lambda: t.ones(2, 3).expand(2, 4), ValueError, r"expand: .*\(2, 3\)")],
+)  # fmt: skip
+
+
+def indexings(rng: Generator) -> Iterator[Case]:
+    for index in (
+        1, -1, (0, 2), slice(None, None, 2), slice(3, 0, -1), (..., 0), (None, 1), (slice(None), None, slice(1, 3)), ...,
+        np.array([0, 2, 2]), (np.array([[0], [3]]), np.array([0, 0, 2])), (slice(None), np.array([2, 0])),
+        (np.array([1, 1]), ..., 0), np.array([], dtype=np.int64), np.array(2),
+    ):  # fmt: skip
+        yield case(normal(rng, (4, 3)), index=index)
+    yield case(normal(rng, (3, 2)), index=logical(rng, (3, 2)))
+    yield case(normal(rng, (3, 2)), index=np.array([True, False, True]))
+    yield case(normal(rng, (2, 2)), index=np.zeros((2, 2), dtype=bool))
+    yield case(normal(rng, (3,)), index=(np.array([True, False, True]), None))
+    yield case(normal(rng, ()), index=())
+    yield case(normal(rng, (2, 3, 2)), index=(slice(None), np.array([1, 1]), 0))
+
+
+row(
+    "getitem", lambda x, index: x[index], lambda x, index: x[index], indexings,
+    bad=[bad(lambda: t.ones(2, 3)[2], IndexError, r"getitem: .*\(2, 3\)"),
+         bad(lambda: t.ones(2, 3)[0, 0, 0], IndexError, r"getitem: .*\(2, 3\)"),
+         bad(lambda: t.ones(2, 3)[t.tensor([0, 5])], IndexError, r"getitem: .*\(2, 3\)"),
+         bad(lambda: t.ones(2, 3)[t.tensor([True, False, True])], IndexError, r"getitem: .*\(2, 3\)")],
+)  # fmt: skip
+
+
+def pieces(rng: Generator) -> Iterator[Case]:
+    yield case(normal(rng, (2, 3)), normal(rng, (1, 3)))
+    yield case(normal(rng, (2, 1)), normal(rng, (2, 3)), normal(rng, (2, 0)), dim=-1)
+    yield case(normal(rng, (2, 1, 2)), normal(rng, (2, 2, 2)), dim=1)
+    yield case(normal(rng, (3,)))
+
+
+row(
+    "concatenate", lambda *tensors, dim=0: t.cat(tensors, dim), lambda *arrays, dim=0: np.concatenate(arrays, dim), pieces,
+    (0, 1, 2),
+    bad=[bad(lambda: t.cat([t.ones(2, 3), t.ones(2, 4)]), ValueError, r"concatenate: .*\(2, 3\).*\(2, 4\)"),
+         bad(lambda: t.cat([]), ValueError, "cat: expected at least one tensor")],
+)  # fmt: skip
+
+
+def equals(rng: Generator) -> Iterator[Case]:
+    for shape, dim in (((2, 3), 0), ((2, 3), -1), ((), 0), ((0, 2), 1)):
+        yield case(normal(rng, shape), normal(rng, shape), normal(rng, shape), dim=dim)
+
+
+row("stack", lambda *tensors, dim: t.stack(tensors, dim), lambda *arrays, dim: np.stack(arrays, dim), equals, (0, 1, 2))
+row("transpose", t.transpose, lambda x, dim0, dim1: np.swapaxes(x, dim0, dim1),
+    shaped(((2, 3), {"dim0": 0, "dim1": 1}), ((2, 3, 1), {"dim0": -1, "dim1": 0})))  # fmt: skip
+row("unsqueeze", t.unsqueeze, lambda x, dim: np.expand_dims(x, dim),
+    shaped(((2, 3), {"dim": 0}), ((2, 3), {"dim": -1}), ((2, 3), {"dim": 1}), ((), {"dim": 0})))  # fmt: skip
+row("squeeze", t.squeeze, lambda x, dim=None: np.squeeze(x, dim),
+    shaped(((2, 1, 3), {}), ((2, 1, 3), {"dim": 1}), ((1, 2, 1), {"dim": -1}), ((1, 2, 1), {"dim": (0, 2)}), ((1, 1), {})))  # fmt: skip
+row("flatten", t.flatten,
+    lambda x, start_dim=0, end_dim=-1: x.reshape(*x.shape[:start_dim], -1, *x.shape[x.ndim if end_dim == -1 else end_dim + 1 :]),
+    shaped(((2, 3), {}), ((2, 1, 3), {"start_dim": 1}), ((2, 1, 3), {"start_dim": 0, "end_dim": 1}), ((), {})))  # fmt: skip
+row("unflatten", t.unflatten, lambda x, dim, sizes: x.reshape(*x.shape[: dim % x.ndim], *sizes, *x.shape[dim % x.ndim + 1 :]),
+    shaped(((6, 2), {"dim": 0, "sizes": (2, 3)}), ((2, 4), {"dim": -1, "sizes": (2, 2)})))  # fmt: skip
+row("movedim", t.movedim, lambda x, source, destination: np.moveaxis(x, source, destination),
+    shaped(((2, 3, 1), {"source": 0, "destination": -1}), ((2, 3, 1), {"source": -1, "destination": 0}),
+           ((2, 3, 1), {"source": 1, "destination": 1})))  # fmt: skip
+row("flip", t.flip, lambda x, dims: np.flip(x, dims),
+    shaped(((2, 3), {"dims": 0}), ((2, 3), {"dims": (0, -1)}), ((0, 2), {"dims": (1,)}), ((4,), {"dims": [0]})),
+    bad=[bad(lambda: t.flip(t.ones(2, 3), 2), (ValueError, IndexError), r"flip: .*\(2, 3\)")])  # fmt: skip
+row("roll", t.roll, lambda x, shifts, dims=None: np.roll(x, shifts, dims),
+    shaped(((2, 3), {"shifts": 1}), ((2, 3), {"shifts": -2, "dims": 1}), ((2, 3), {"shifts": (1, 4), "dims": (0, 1)}),
+           ((0, 2), {"shifts": 1, "dims": 0})),
+    bad=[bad(lambda: t.roll(t.ones(2, 3), 1, 2), (ValueError, IndexError), r"roll: .*\(2, 3\)")])  # fmt: skip
+
+
+def numpy_pad(x: np.ndarray, pad: Sequence[int], value: float = 0.0) -> np.ndarray:
+    pairs = [(0, 0)] * (x.ndim - len(pad) // 2) + [tuple(pad[i : i + 2]) for i in range(0, len(pad), 2)][::-1]
+    return np.pad(x, pairs, constant_values=value)
+
+
+row("pad", F.pad, numpy_pad,
+    shaped(((2, 3), {"pad": (1, 2)}), ((2, 3), {"pad": (0, 1, 2, 0), "value": 1.5}), ((0, 2), {"pad": (0, 0, 1, 1)}),
+           ((2, 1, 2), {"pad": (1, 1), "value": -1.0})),
+    bad=[bad(lambda: F.pad(t.ones(2, 3), (1,)), ValueError, "pad: expected a pair for each"),
+         bad(lambda: F.pad(t.ones(3), (1, 1, 1, 1)), ValueError, "pad: expected a pair for each of at most 1"),
+         bad(lambda: F.pad(t.ones(3), (1, -1)), ValueError, "pad: expected lengths >= 0")])  # fmt: skip
+
+
+def numpy_split(x: np.ndarray, split_size: Any, dim: int = 0) -> tuple:
+    if isinstance(split_size, int):
+        stops = range(split_size, x.shape[dim], split_size)
+    else:
+        stops = np.cumsum(split_size)[:-1]
+    return tuple(np.split(x, list(stops), dim))
+
+
+row("split", t.split, numpy_split,
+    shaped(((5, 2), {"split_size": 2}), ((2, 4), {"split_size": [1, 3], "dim": 1}), ((2, 4), {"split_size": 4, "dim": -1})),
+    bad=[bad(lambda: t.split(t.ones(4), 0), ValueError, "split: expected a split_size"),
+         bad(lambda: t.split(t.ones(4), [1, 2]), ValueError, r"split: the lengths \[1, 2\] add up to 3")])  # fmt: skip
+row("chunk", t.chunk, lambda x, chunks, dim=0: numpy_split(x, -(-x.shape[dim] // chunks), dim),
+    shaped(((5, 2), {"chunks": 2}), ((2, 4), {"chunks": 3, "dim": 1}), ((2,), {"chunks": 5})),
+    bad=[bad(lambda: t.chunk(t.ones(4), 0), ValueError, "chunk: expected at least 1")])  # fmt: skip
+row("unbind", t.unbind, lambda x, dim=0: tuple(np.moveaxis(x, dim, 0)), shaped(((2, 3), {}), ((2, 3), {"dim": -1})))
+row("narrow", t.narrow, lambda x, dim, start, length: np.take(x, range(start, start + length), dim),
+    shaped(((4, 2), {"dim": 0, "start": 1, "length": 2}), ((2, 3), {"dim": -1, "start": 0, "length": 2})))  # fmt: skip
+row("repeat", lambda x, sizes: x.repeat(*sizes), lambda x, sizes: np.tile(x, sizes),
+    shaped(((2, 3), {"sizes": (2, 1)}), ((2, 1), {"sizes": (2, 1, 3)}), ((3,), {"sizes": (0,)}), ((), {"sizes": (2,)})),
+    bad=[bad(lambda: t.ones(2, 2).repeat(3), ValueError, "repeat: expected a count for each of 2 axes")])  # fmt: skip
+row("repeat_interleave", t.repeat_interleave, lambda x, repeats, dim: np.repeat(x, repeats, dim),
+    shaped(((2, 3), {"repeats": 2, "dim": 0}), ((2, 3), {"repeats": 3, "dim": -1})))  # fmt: skip
+row("tril", t.tril, lambda x, diagonal=0: np.tril(x, diagonal),
+    shaped(((3, 3), {}), ((2, 4), {"diagonal": 1}), ((2, 3, 2), {"diagonal": -1})))  # fmt: skip
+row("triu", t.triu, lambda x, diagonal=0: np.triu(x, diagonal),
+    shaped(((3, 3), {}), ((2, 4), {"diagonal": 1}), ((2, 3, 2), {"diagonal": -1})))  # fmt: skip
+
+
+def vectors(rng: Generator) -> Iterator[Case]:
+    for indexing in ("ij", "xy"):
+        yield case(normal(rng, (3,)), normal(rng, (2,)), indexing=indexing)
+        yield case(normal(rng, (2,)), normal(rng, (1,)), normal(rng, (3,)), indexing=indexing)
+    yield case(normal(rng, (3,)), indexing="ij")
+
+
+row("meshgrid", t.meshgrid, lambda *x, indexing: tuple(np.meshgrid(*x, indexing=indexing)), vectors, (0, 1, 2),
+    bad=[bad(lambda: t.meshgrid(t.ones(2), indexing="ji"), ValueError, "meshgrid: expected indexing 'ij' or 'xy'")])  # fmt: skip
+
+
+def broadcasts(rng: Generator) -> Iterator[Case]:
+    for shape_a, shape_b in PAIRS:
+        yield case(normal(rng, shape_a), normal(rng, shape_b))
+
+
+row("broadcast_tensors", t.broadcast_tensors, lambda *x: tuple(np.broadcast_arrays(*x)), broadcasts, (0, 1),
+    bad=[bad(lambda: t.broadcast_tensors(t.ones(2), t.ones(3)), ValueError, r"\(2,\), \(3,\) do not broadcast")])  # fmt: skip
+
+
+def classes(rng: Generator) -> Iterator[Case]:
+    yield case(rng.integers(0, 4, (3, 2)), num_classes=4)
+    yield case(np.array([2, 0, 1]))
+    yield case(np.array(1), num_classes=3)
+    yield case(np.zeros((0,), dtype=np.int64), num_classes=3)
+
+
+def numpy_one_hot(x: np.ndarray, num_classes: int = -1) -> np.ndarray:
+    return np.eye(num_classes if num_classes > 0 else int(x.max()) + 1, dtype=np.int64)[x]
+
+
+row("one_hot", F.one_hot, numpy_one_hot, classes, (), "int64",
+    bad=[bad(lambda: F.one_hot(t.ones(2)), TypeError, "one_hot: expected integers, got float32"),
+         bad(lambda: F.one_hot(t.tensor([0, 5]), 3), ValueError, r"one_hot: expected classes 0 … 2, got 0 … 5"),
+         bad(lambda: F.one_hot(t.tensor([-1, 1])), ValueError, "one_hot: expected classes")])  # fmt: skip
+
+# -- selection and sorting ---------------------------------------------------------------------------------------------
+
+
+def along(rng: Generator) -> Iterator[Case]:
+    yield case(normal(rng, (3, 2)), rng.integers(0, 3, (4, 2)), dim=0)
+    yield case(normal(rng, (3, 2)), rng.integers(-2, 2, (3, 3)), dim=-1)
+    yield case(normal(rng, (2, 3, 2)), rng.integers(0, 3, (2, 1, 2)), dim=1)
+    yield case(normal(rng, (4,)), np.zeros((0,), dtype=np.int64), dim=0)
+
+
+row("take_along_dim", t.take_along_dim, lambda x, indices, dim: np.take_along_axis(x, indices, dim), along,
+    bad=[bad(lambda: t.take_along_dim(t.ones(2, 3), t.tensor([[0.5]]), dim=1), (IndexError, ValueError, TypeError),
+             r"take_along_dim: .*\(2, 3\)")])  # fmt: skip
+
+
+def additions(rng: Generator) -> Iterator[Case]:
+    yield case(normal(rng, (3, 2)), np.array([[0, 2], [0, 0]]), normal(rng, (2, 2)), dim=0)
+    yield case(normal(rng, (2, 3)), np.array([[1, 1], [2, 0]]), normal(rng, (2, 2)), dim=1)
+    yield case(normal(rng, (3,)), np.array([0, 0, 0, 2]), normal(rng, (4,)), dim=-1)
+    yield case(normal(rng, (2, 2)), np.zeros((0, 2), dtype=np.int64), normal(rng, (0, 2)), dim=0)
+
+
+def numpy_scatter_add(x: np.ndarray, indices: np.ndarray, values: np.ndarray, dim: int) -> np.ndarray:
+    out = x.copy()
+    for place in np.ndindex(indices.shape):
+        target = list(place)
+        target[dim] = indices[place]
+        out[tuple(target)] += values[place]
+    return out
+
+
+row("scatter_add", Op.registry["scatter_add"], numpy_scatter_add, additions, (0, 2),
+    bad=[bad(lambda: Op.registry["scatter_add"](t.ones(2), t.tensor([2]), t.ones(1), dim=0), IndexError, "scatter_add: ")])  # fmt: skip
+
+
+def index_additions(rng: Generator) -> Iterator[Case]:
+    yield case(normal(rng, (4, 3)), normal(rng, (3, 3)), index=np.array([0, 2, 0]))
+    yield case(normal(rng, (4, 3)), normal(rng, (2,)), index=(np.array([1, 1]), np.array([2, 2])))
+    yield case(normal(rng, (3, 2)), normal(rng, (2,)), index=0)
+
+
+def numpy_index_add(x: np.ndarray, values: np.ndarray, index: Any) -> np.ndarray:
+    """One slice of `values` after the other, so that a place that is named twice gets both."""
+    out = x.copy()
+    index = index if isinstance(index, tuple) else (index,)
+    if isinstance(index[0], int):
+        out[index[0]] += values
+    for k, place in enumerate(zip(*index, strict=True) if not isinstance(index[0], int) else ()):
+        out[place] += values[k]
+    return out
+
+
+def raw_index_add(x: Any, values: Any, index: Any) -> Any:
+    from tinytorch.m02_tensor import _raw_index
+
+    return Op.registry["index_add"](x, values, index=_raw_index(index))
+
+
+row("index_add", raw_index_add, numpy_index_add, index_additions, (0, 1),
+    bad=[bad(lambda: Op.registry["index_add"](t.ones(2, 3), t.ones(4), index=0), ValueError, r"index_add: .*\(4,\)")])  # fmt: skip
+
+
+def gathers(rng: Generator) -> Iterator[Case]:
+    yield case(normal(rng, (3, 2)), index=rng.integers(0, 3, (2, 1)), dim=0)
+    yield case(normal(rng, (3, 2)), index=rng.integers(0, 2, (3, 4)), dim=-1)
+    yield case(normal(rng, (2, 3, 2)), index=rng.integers(0, 3, (1, 4, 2)), dim=1)
+
+
+def numpy_gather(x: np.ndarray, dim: int, index: np.ndarray) -> np.ndarray:
+    out = np.empty(index.shape)
+    for place in np.ndindex(index.shape):
+        source = list(place)
+        source[dim] = index[place]
+        out[place] = x[tuple(source)]
+    return out
+
+
+row("gather", t.gather, numpy_gather, gathers,
+    bad=[bad(lambda: t.gather(t.ones(2, 3), 0, t.tensor([0])), ValueError, r"gather: the index has shape \(1,\)")])  # fmt: skip
+
+
+def selections(rng: Generator) -> Iterator[Case]:
+    yield case(normal(rng, (3, 2)), index=np.array([2, 0, 2]), dim=0)
+    yield case(normal(rng, (2, 3)), index=np.array([1]), dim=-1)
+
+
+row("index_select", t.index_select, lambda x, dim, index: np.take(x, index, dim), selections)
+
+
+def selected(rng: Generator) -> Iterator[Case]:
+    yield case(normal(rng, (3, 2)), logical(rng, (3, 2)))
+    yield case(normal(rng, (3, 2)), logical(rng, (2,)))
+    yield case(normal(rng, (2,)), logical(rng, (3, 2)))
+
+
+row("masked_select", t.masked_select, lambda x, mask: np.broadcast_arrays(x, mask)[0][np.broadcast_arrays(x, mask)[1]], selected)
+row("nonzero", t.nonzero, lambda x: np.stack(np.nonzero(x), 1), with_attributes(((3, 2), (2, 1, 3), (4,), (0, 2)), ({},) * 4, logical),
+    (), "int64")  # fmt: skip
+
+
+def orders(rng: Generator) -> Iterator[Case]:
+    for shape, dim in (((3, 2), 0), ((2, 3), -1), ((2, 2, 3), 1), ((5,), 0), ((0, 2), 0)):
+        for descending in (False, True):
+            yield case(distinct(rng, shape), dim=dim, descending=descending)
+
+
+def numpy_argsort(x: np.ndarray, dim: int = -1, descending: bool = False) -> np.ndarray:
+    return np.argsort(-x if descending else x, axis=dim, kind="stable")
+
+
+row("argsort", t.argsort, numpy_argsort, orders, (), "int64", integers=True, bad=[no_such_axis("argsort")])
+row("sort", t.sort,
+    lambda x, **k: (np.take_along_axis(x, numpy_argsort(x, **k), k.get("dim", -1)), numpy_argsort(x, **k)), orders,
+    result="with int64")  # fmt: skip
+
+
+def tops(rng: Generator) -> Iterator[Case]:
+    for k, attributes in ((2, {}), (1, {"dim": 0}), (3, {"largest": False}), (0, {})):
+        yield case(distinct(rng, (2, 4)), k=min(k, 2) if attributes.get("dim") == 0 else k, **attributes)
+
+
+def numpy_topk(x: np.ndarray, k: int, dim: int = -1, largest: bool = True) -> tuple:
+    indices = np.take(numpy_argsort(x, dim, largest), range(k), dim)
+    return np.take_along_axis(x, indices, dim), indices
+
+
+row("topk", t.topk, numpy_topk, tops, result="with int64",
+    bad=[bad(lambda: t.topk(t.ones(2, 3), 4), ValueError, "topk: expected k between 0 and 3"),
+         bad(lambda: t.topk(t.ones(2, 3), -1), ValueError, "topk: expected k between 0 and 3")])  # fmt: skip
+
+# -- linear algebra ----------------------------------------------------------------------------------------------------
+
+
+def products(rng: Generator) -> Iterator[Case]:
+    for a, b in (((2, 3), (3, 2)), ((3,), (3,)), ((2, 3), (3,)), ((3,), (3, 2)), ((2, 2, 3), (3, 2)), ((2, 1, 3), (1, 3, 2)),
+                 ((2, 1, 2, 3), (3, 3, 1)), ((3,), (2, 3, 2)), ((2, 2, 3), (3,)), ((0, 3), (3, 2)), ((2, 0), (0, 3)),
+                 ((2, 3), (2, 3, 1))):  # fmt: skip
+        yield case(normal(rng, a), normal(rng, b))
+
+
+row("matmul", lambda a, b: a @ b, np.matmul, products, (0, 1),
+    bad=[bad(lambda: t.ones(2, 3) @ t.ones(2, 3), ValueError, r"matmul: \(2, 3\) @ \(2, 3\)"),
+         bad(lambda: t.ones(2, 3) @ t.tensor(1.0), ValueError, r"matmul: \(2, 3\) @ \(\)")])  # fmt: skip
+
+
+def equations(rng: Generator) -> Iterator[Case]:
+    for equation, *shapes in (("ij,jk->ik", (2, 3), (3, 2)), ("bij,bjk->bik", (2, 2, 3), (2, 3, 1)), ("ij->ji", (2, 3)), ("ij->", (2, 3)),
+                              ("i,j->ij", (2,), (3,)), ("ii->i", (3, 3)), ("ii->", (3, 3)), ("ij,ij->i", (2, 3), (2, 3)),
+                              ("ij,jk,kl->il", (2, 3), (3, 2), (2, 2)), ("i,i,i->", (3,), (3,), (3,))):  # fmt: skip
+        yield case(*(normal(rng, shape) for shape in shapes), equation=equation)
+
+
+def shorthand(rng: Generator) -> Iterator[Case]:
+    for equation, *shapes in (("ij,jk", (2, 3), (3, 2)), ("ba", (2, 3)), ("...ij,...jk->...ik", (2, 2, 3), (3, 2)), ("...i->...", (2, 3)),
+                              ("i...,i...->i...", (2, 3), (2,)), ("...,...", (2, 1), (3,)), ("ii", (3, 3)), ("b i , b -> b i", (2, 3), (2,))):  # fmt: skip
+        yield case(*(normal(rng, shape) for shape in shapes), equation=equation)
+
+
+def numpy_einsum(*arrays: np.ndarray, equation: str) -> np.ndarray:
+    return np.einsum(equation, *arrays)
+
+
+row("einsum_op", lambda *x, equation: t.einsum(equation, *x), numpy_einsum, equations, (0, 1, 2),
+    bad=[bad(lambda: t.einsum("ij,jk->ik", t.ones(2, 3), t.ones(2, 3)), ValueError, r"einsum.*\(2, 3\)")])  # fmt: skip
+row("einsum", lambda *x, equation: t.einsum(equation, *x), numpy_einsum, shorthand, (0, 1, 2),
+    bad=[bad(lambda: t.einsum("ij,jk", t.ones(2, 3)), ValueError, "einsum: 'ij,jk' takes 2 operands, got 1"),
+         bad(lambda: t.einsum("ijk->i", t.ones(2, 3)), ValueError, "einsum: 'ijk' in 'ijk->i' names 3 axes, the operand has 2"),
+         bad(lambda: t.einsum("ij->iz", t.ones(2, 3)), ValueError, "einsum: the result 'iz'"),
+         bad(lambda: t.einsum("ij->ii", t.ones(2, 3)), ValueError, "einsum: the result 'ii'")])  # fmt: skip
+
+
+def two_vectors(*shapes: tuple) -> Callable:
+    def cases(rng: Generator) -> Iterator[Case]:
+        for a, b in shapes:
+            yield case(normal(rng, a), normal(rng, b))
+
+    return cases
+
+
+row("outer", t.outer, np.outer, two_vectors(((2,), (3,)), ((1,), (1,)), ((0,), (2,))), (0, 1))
+row("dot", t.dot, np.dot, two_vectors(((3,), (3,)), ((1,), (1,))), (0, 1),
+    bad=[bad(lambda: t.dot(t.ones(2), t.ones(3)), ValueError, "dot: expected two vectors of one length"),
+         bad(lambda: t.dot(t.ones(2, 2), t.ones(2, 2)), ValueError, "dot: expected two vectors")])  # fmt: skip
+
+# -- dtype, device, copies ---------------------------------------------------------------------------------------------
+
+row("cast", lambda x, dtype: Op.registry["cast"](x, dtype=dtype), lambda x, dtype: x.astype(dtype), unary(dtype="float64"), result="float64",
+    bad=[bad(lambda: t.ones(2).to("float33"), RuntimeError, "float33")])  # fmt: skip
+row("clone", t.clone, np.copy, unary(), integers=True)
+
+
+def device_moves(rng: Generator) -> Iterator[Case]:
+    for shape in SHAPES:
+        yield case(normal(rng, shape))
+
+
+def there_and_back(x: Any) -> Any:
+    """To another device and to the first one again."""
+    other = "array_api_strict" if x.device == "cpu" else "cpu"
+    return x.to(device=other).to(device=x.device)
+
+
+row("to_device", there_and_back, lambda x: x, device_moves, integers=True,
+    bad=[bad(lambda: t.ones(2).to("nowhere"), RuntimeError, "there is no device 'nowhere'")])  # fmt: skip
+
+
+def assignments(rng: Generator) -> Iterator[Case]:
+    yield case(normal(rng, (4, 3)), normal(rng, (3,)), index=1)
+    yield case(normal(rng, (4, 3)), 2.5, index=(slice(None), 0))
+    yield case(normal(rng, (4, 3)), normal(rng, (2, 1)), index=np.array([0, 3]))
+    yield case(normal(rng, (4, 3)), normal(rng, ()), index=np.array([[True, False, True]] * 4))
+    yield case(normal(rng, (3,)), 1, index=...)
+
+
+def numpy_index_put(x: np.ndarray, value: Any, index: Any) -> np.ndarray:
+    out = x.copy()
+    out[index] = value
+    return out
+
+
+def raw_index_put(x: Any, value: Any, index: Any) -> Any:
+    from tinytorch.m02_tensor import _raw_index
+
+    return Op.registry["index_put"](x, value, index=_raw_index(index))
+
+
+row("index_put", raw_index_put, numpy_index_put, assignments, (0, 1),
+    bad=[bad(lambda: Op.registry["index_put"](t.ones(2, 3), t.ones(4), index=0), ValueError, r"index_put: .*\(2, 3\).*\(4,\)"),
+         bad(lambda: Op.registry["index_put"](t.ones(2, 3), 1.0, index=5), IndexError, r"index_put: .*\(2, 3\)")])  # fmt: skip
+
+
+def overwrites(rng: Generator) -> Iterator[Case]:
+    for shape, value in (((2, 3), (3,)), ((2, 3), ()), ((), ()), ((2, 1), (2, 1))):
+        yield case(normal(rng, shape), normal(rng, value))
+    yield case(normal(rng, (2, 3)), 1.5)
+
+
+row("overwrite", Op.registry["overwrite"], lambda x, value: np.broadcast_to(value, x.shape), overwrites, (1,),
+    bad=[bad(lambda: Op.registry["overwrite"](t.ones(2, 3), t.ones(4)), ValueError, r"overwrite: .*\(2, 3\).*\(4,\)")])  # fmt: skip
+
+# -- 03 activations ----------------------------------------------------------------------------------------------------
+
+
+def sigmoid(x: np.ndarray) -> np.ndarray:
+    return 1 / (1 + np.exp(-x))
+
+
+def numpy_gelu(x: np.ndarray, approximate: str = "none") -> np.ndarray:
+    if approximate == "tanh":
+        return 0.5 * x * (1 + np.tanh(math.sqrt(2 / math.pi) * (x + 0.044715 * x**3)))
+    return 0.5 * x * (1 + erf(x / math.sqrt(2)))
+
+
+def also(*attributes: dict, draw: Draw = normal) -> Callable:
+    """Each shape without attributes, and one shape with each of these."""
+
+    def cases(rng: Generator) -> Iterator[Case]:
+        yield from unary(draw)(rng)
+        for given in attributes:
+            yield case(draw(rng, (3, 2)), **given)
+
+    return cases
+
+
+row("relu", F.relu, lambda x: np.maximum(x, 0), unary(off_zero), integers=True, bad=[not_for("bool", "neg")])
+row("leaky_relu", F.leaky_relu, lambda x, negative_slope=0.01: np.where(x > 0, x, negative_slope * x),
+    also({"negative_slope": 0.3}, draw=off_zero), result="float")  # fmt: skip
+row("hardtanh", F.hardtanh, lambda x, min_val=-1.0, max_val=1.0: np.clip(x, min_val, max_val),
+    also({"min_val": 0.0, "max_val": 1.0}, draw=off_whole), result="float")  # fmt: skip
+row("sigmoid", F.sigmoid, sigmoid, unary(), result="float", integers=True)
+row("silu", F.silu, lambda x: x * sigmoid(x), unary(), result="float", integers=True)
+row("gelu", F.gelu, numpy_gelu, also({"approximate": "tanh"}), result="float",
+    bad=[bad(lambda: F.gelu(t.ones(2), approximate="erf"), ValueError, "gelu: approximate must be")])  # fmt: skip
+row("softplus", F.softplus,
+    lambda x, beta=1.0, threshold=20.0: np.where(beta * x > threshold, x, np.log1p(np.exp(beta * x)) / beta),
+    also({"beta": 2.0}, {"beta": 0.5, "threshold": 1.05}), result="float")  # fmt: skip
+row("elu", F.elu, lambda x, alpha=1.0: np.where(x > 0, x, alpha * np.expm1(x)), also({"alpha": 0.5}, draw=off_zero), result="float")
+
+
+def numpy_softmax(x: np.ndarray, dim: int) -> np.ndarray:
+    return np.exp(x) / np.exp(x).sum(dim, keepdims=True)
+
+
+row("softmax", F.softmax, numpy_softmax, one_axis(), result="float", integers=True, bad=[no_such_axis("softmax")])
+row("log_softmax", F.log_softmax, lambda x, dim: np.log(numpy_softmax(x, dim)), one_axis(), result="float",
+    bad=[no_such_axis("log_softmax")])  # fmt: skip
+
+# -- 04 layers, 05 losses ----------------------------------------------------------------------------------------------
+
+
+def layers(rng: Generator) -> Iterator[Case]:
+    for lead in ((2,), (), (2, 3), (0,), (2, 0)):
+        yield case(normal(rng, (*lead, 3)), normal(rng, (2, 3)), normal(rng, (2,)))
+    yield case(normal(rng, (2, 3)), normal(rng, (1, 3)), None)
+
+
+row("linear", F.linear, lambda x, weight, bias=None: x @ weight.T + (0 if bias is None else bias), layers, (0, 1, 2),
+    bad=[bad(lambda: F.linear(t.ones(64, 512), t.ones(10, 784)), ValueError,
+             r"linear: input has 512 features, but the weight takes 784 \(input \(64, 512\), weight \(10, 784\)\)"),
+         bad(lambda: F.linear(t.ones(2, 3), t.ones(4, 3), t.ones(3)), ValueError, r"linear: expected a float32 bias \(4,\)"),
+         bad(lambda: F.linear(t.ones(2, 3, dtype="float64"), t.ones(4, 3)), TypeError, "linear: input is float64")])  # fmt: skip
+
+
+def scores(rng: Generator) -> Iterator[Case]:
+    yield case(normal(rng, (4, 3)), np.array([0, 2, 1, 1]))
+    yield case(normal(rng, (1, 2)), np.array([1]))
+    yield case(normal(rng, (0, 3)), np.zeros((0,), dtype=np.int64))
+
+
+def numpy_cross_entropy(logits: np.ndarray, targets: np.ndarray) -> tuple:
+    probabilities = numpy_softmax(logits, 1)
+    return -np.log(probabilities[np.arange(len(targets)), targets]), probabilities
+
+
+row("softmax_cross_entropy", Op.registry["softmax_cross_entropy"], numpy_cross_entropy, scores,
+    bad=[bad(lambda: F.cross_entropy(t.ones(2, 3), t.tensor([0, 3])), ValueError, "cross_entropy: ")])  # fmt: skip
+
+
+def probabilities(rng: Generator) -> Iterator[Case]:
+    for shape in SHAPES:
+        yield case(rng.uniform(0.1, 0.9, shape), rng.uniform(0, 1, shape))
+
+
+row("bernoulli_cross_entropy", Op.registry["bernoulli_cross_entropy"], lambda p, y: -y * np.log(p) - (1 - y) * np.log(1 - p),
+    probabilities, (0, 1), result="float",
+    bad=[bad(lambda: F.binary_cross_entropy(t.ones(2) * 2, t.ones(2)), ValueError, "binary_cross_entropy: ")])  # fmt: skip
