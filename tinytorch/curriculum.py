@@ -167,7 +167,7 @@ MODULES = (
         exports={
             "optim": "Optimizer SGD Adam AdamW RMSprop Adagrad Lion EMA",
             "optim.lr_scheduler": """
-                LRScheduler StepLR MultiStepLR ExponentialLR CosineAnnealingLR CosineAnnealingWarmRestarts LinearLR
+                LRScheduler StepLR MultiStepLR ExponentialLR ConstantLR CosineAnnealingLR CosineAnnealingWarmRestarts LinearLR
                 OneCycleLR LambdaLR ReduceLROnPlateau SequentialLR
             """,
             "nn.utils": "clip_grad_norm_ clip_grad_value_",

@@ -599,7 +599,8 @@ def movedim(x: Tensor, source: int, destination: int) -> Tensor:
 @op
 def flip(xp, x, *, dims):
     """The elements in reverse order along each of `dims`."""
-    return xp.flip(x, axis=tuple(dims) if isinstance(dims, (tuple, list)) else dims)
+    flipped = xp.flip(x, axis=tuple(dims) if isinstance(dims, (tuple, list)) else dims)
+    return xp.asarray(flipped, copy=True)  # NumPy's is a view, others' are not
 
 
 @op
@@ -660,6 +661,8 @@ def repeat(x: Tensor, *sizes: Any) -> Tensor:
     if len(times) < x.ndim:
         raise ValueError(f"repeat: expected a count for each of {x.ndim} axes, got {times}")
     shape = (1,) * (len(times) - x.ndim) + x.shape
+    if builtins.all(t == 1 for t in times):
+        return clone(reshape(x, shape=shape))  # what follows would be a view
     spread = reshape(x, shape=tuple(n for length in shape for n in (1, length)))
     spread = expand(spread, shape=tuple(n for t, length in zip(times, shape, strict=True) for n in (t, length)))
     return reshape(spread, shape=tuple(t * length for t, length in zip(times, shape, strict=True)))

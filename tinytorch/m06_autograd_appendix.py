@@ -96,7 +96,7 @@ def clamp_rule(g: Any, x: Any, min: Any, max: Any) -> Any:
 def var_rule(g: Any, x: Any, dim: Any, correction: float, keepdim: bool) -> Any:
     count = reduced_count(x.shape, dim)
     centred = x - sum(x, dim=dim, keepdim=True) / count
-    return spread(g, x.shape, dim, keepdim) * centred * (2 / (count - correction))
+    return spread(g, x.shape, dim, keepdim) * centred * (2 / (count - correction) if count > correction else math.nan)
 
 
 def prod_rule(g: Any, x: Any, dim: Any, keepdim: bool) -> Any:

@@ -267,11 +267,8 @@ class Optimizer:
         have, saved = ([len(group["params"]) for group in groups] for groups in (self.param_groups, saved_groups))
         if have != saved:
             raise ValueError(f"{owner}: the saved state is of groups of {saved} parameters; this one has {have}")
-        numbered = {
-            int(i): p
-            for group, saved_group in zip(self.param_groups, saved_groups, strict=True)
-            for i, p in zip(saved_group["params"], group["params"], strict=True)
-        }
+        numbers = [int(i) for group in saved_groups for i in group["params"]]
+        numbered = dict(zip(numbers, (p for group in self.param_groups for p in group["params"]), strict=True))
         state: defaultdict[Tensor, dict[str, Any]] = defaultdict(dict)
         for i, values in state_dict["state"].items():
             if int(i) not in numbered:
@@ -302,11 +299,7 @@ def _penalized(xp: Backend, parameter: Array, grad: Array, out: Array, decay: fl
         into(out, xp.multiply, parameter, decay)
     else:
         out[...] = 0
-    if maximize:
-        out -= grad
-    else:
-        out += grad
-    return out
+    return into(out, xp.subtract if maximize else xp.add, out, grad)
 
 
 def _fitted(what: str, p: Tensor, name: str, value: Any) -> Any:

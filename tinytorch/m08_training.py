@@ -45,8 +45,8 @@ from tinytorch.m07_optimizers_appendix import ReduceLROnPlateau
 # %% [markdown]
 # # Module 08: Training
 #
-# Model, loss, gradients, optimizer: everything is there, and six lines make it learn. This chapter is about what stands
-# around those lines when the run takes a night: what is measured, what can go wrong, and what is left when it does.
+# Model, loss, gradients, optimizer: six lines make them learn. This chapter is about what stands around those lines
+# when a run takes a night: what is measured, what can go wrong, and what is left when it does.
 
 # %% [markdown]
 # ## Mathematical foundations
@@ -119,8 +119,7 @@ def test_means_are_weighted_by_batch_size() -> None:
 
 
 # %% [markdown]
-# A model under measurement must be in evaluation mode, or dropout would disturb the result, and be left as it was
-# found: a layer that its user had frozen in one mode stays in it.
+# A model under measurement must be in evaluation mode, or dropout would disturb the result, and be left as found.
 
 
 # %%
@@ -345,7 +344,6 @@ def test_unpack_returns_what_was_packed() -> None:
 # ### Checkpoint files
 # A checkpoint is *one* safetensors file: tensors, JSON in its metadata, a checksum over both. Renaming one file is
 # atomic; two files can disagree. `load` refuses what is truncated or altered, and nothing in a file is ever executed.
-#
 # A folder holds `last` and, as a second line of defence, the one before it.
 
 # %%
@@ -407,13 +405,12 @@ class Trainer:
     Args:
         loss: a function of outputs and targets that returns the mean over the batch.
         metrics: functions of outputs and targets that return a mean over the batch, by name.
-        scheduler: of learning rates; stepped after each "epoch" or "step", as `scheduler_interval` says. A
-            ReduceLROnPlateau is given the validation loss, or the training loss where there is no validation.
+        scheduler: stepped after each "epoch" or "step", as `scheduler_interval` says. A ReduceLROnPlateau is told the
+            validation loss, or the training loss where there is no validation.
         clip_norm: the largest norm that all gradients together may have.
         accumulate: how many batches make one step; the step is that of one big batch.
-        precision: "float32", or "mixed": the model computes in float16, on CUDA.
+        precision: "float32", or "mixed": the model computes in float16, on CUDA; with a `scaler` given, anywhere.
         device: where the model is brought, and each batch; by default all stays where it is.
-        scaler: another GradScaler than the default for "mixed"; given one, "mixed" also runs on the CPU, slowly.
 
     Attributes:
         history: a row for each epoch: "epoch", "loss", the metrics, the same with "val_" before it, and "lr".
@@ -726,7 +723,7 @@ def _restore_rng(state: Mapping[str, Any]) -> None:
             warnings.warn(f"resume: random numbers of {device} start anew, so bits will differ ({error})", stacklevel=3)
 
 
-def example_trainer(**options: Any) -> tuple[Trainer, list]:
+def example_trainer(**options: Any) -> tuple[Any, list]:
     """A small network with dropout, the same each time, and six batches of different sizes. For the tests."""
     manual_seed(3)
     model = Sequential(Linear(5, 16), relu, Dropout(0.2), Linear(16, 3))
@@ -801,10 +798,14 @@ def analyze() -> None:
         def forward() -> Tensor:
             return cross_entropy(model(batch[0]), batch[1])  # noqa: B023
 
+        def step() -> None:
+            trainer._learn(batch)  # noqa: B023
+            trainer._step()
+
         batch = data()
         parts = [seconds(data), seconds(forward), seconds(lambda: forward().backward()), seconds(optimizer.step)]
         parts[2] -= parts[1]
-        whole = parts[0] + seconds(lambda: (trainer._learn(batch), trainer._step()))  # noqa: B023
+        whole = parts[0] + seconds(step)
         tracemalloc.start()
         loss = forward()
         held = tracemalloc.get_traced_memory()[0]
@@ -823,11 +824,10 @@ def analyze() -> None:
 #
 # PyTorch leaves the loop to its users and gives the parts: `torch.amp.autocast` chooses float16 or float32 for each
 # operation (here the whole model computes in float16 and the loss in float32), `torch.amp.GradScaler` is ours,
-# `torch.save` pickles (here nothing is). Lightning's `Trainer`, Hugging Face's and Keras's `fit` are what this one is
-# modelled on. Few of them resume with the same bits: a `DataLoader` with workers does not know its place (`torchdata`'s
-# `StatefulDataLoader` does). At scale, checkpoints are sharded and written in the background
-# (`torch.distributed.checkpoint`), and a run survives the loss of a machine. Left out here: several devices, and
-# bfloat16, whose range needs no scaler.
+# `torch.save` pickles (here nothing is). Lightning's and Hugging Face's `Trainer` and Keras's `fit` are the models of
+# ours. Few of them resume with the same bits: a `DataLoader` does not know its place (`torchdata`'s
+# `StatefulDataLoader` does). At scale, checkpoints are sharded and written in the background, and a run survives the
+# loss of a machine. Left out here: several devices, and bfloat16, whose range needs no scaler.
 
 # %% [markdown]
 # ## Integration testing
@@ -876,14 +876,12 @@ def test_a_resumed_run_ends_with_the_same_bits() -> None:
 # 2. From the table: at which batch size does doubling it no longer nearly double the examples a second? Why there?
 # 3. A checkpoint takes 2 seconds to write, and a machine fails once in 10 hours. How often should it be written?
 # 4. Accumulation gives the gradient of a big batch. With which layers of later modules would it not?
-# 5. The loss is read from the device after each step. What does that cost on a GPU, and how could nan still be noticed?
 
 # %% [markdown]
 # ## Summary
 #
-# A training run is a function of its state, and the state fits in one file. With this chapter the foundations are
-# complete: tensors, layers, losses, gradients, optimizers and a loop that learns real digits and survives the night.
-# Part II gives it pictures.
+# A run is a function of its state, and the state fits in one file. The foundations are complete: tensors, layers,
+# losses, gradients, optimizers and a loop that learns real digits and survives the night. Part II gives it pictures.
 
 
 if __name__ == "__main__":
