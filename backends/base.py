@@ -95,10 +95,11 @@ class Backend:
         Python numbers are weak: they decide the kind of the result (bool < int < float), never its width. With
         `floating`, integers become the default float: what `exp` and `/` need.
         """
-        wanted, strongest = None, bool
+        wanted: str | None = None
+        strongest: type = bool
         for x in inputs:
             if isinstance(x, (bool, int, float)):
-                kind = bool if isinstance(x, bool) else int if isinstance(x, int) else float
+                kind = type(x) if type(x) in RANK else float  # NumPy's float64 is a float, too
                 strongest = kind if RANK[kind] > RANK[strongest] else strongest
             else:
                 name = self.names[x.dtype]
@@ -157,7 +158,7 @@ class Backend:
         """Start the generator anew. The same seed gives the same numbers."""
         self.generator = np.random.Generator(np.random.PCG64(seed))
 
-    def rng_state(self) -> dict:
+    def rng_state(self) -> Any:
         """The generator's state, as JSON can hold it."""
         return self.generator.bit_generator.state
 

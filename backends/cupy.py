@@ -75,9 +75,9 @@ class CupyBackend(Backend):
     # counter-based, so that a new one for each draw costs nothing and the state fits into JSON.
 
     def seed(self, seed: int) -> None:
-        self.state = {"generator": "philox", "seed": int(seed), "draws": 0}
+        self.state: dict[str, Any] = {"generator": "philox", "seed": int(seed), "draws": 0}
 
-    def rng_state(self) -> dict:
+    def rng_state(self) -> Any:
         return dict(self.state)
 
     def set_rng_state(self, state: dict) -> None:

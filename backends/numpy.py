@@ -83,20 +83,20 @@ class NumpyBackend(Backend):
     def expand_dims(self, x: Array, axis: int) -> Array:
         return x[(slice(None),) * (axis % (x.ndim + 1)) + (None,)]
 
-    def sum(self, x: Array, axis: Any = None, keepdims: bool = False) -> Array:
+    def sum(self, x: Array, axis: Any = None, keepdims: Any = False) -> Array:
         return np.add.reduce(x, axis=axis, keepdims=keepdims)
 
-    def mean(self, x: Array, axis: Any = None, keepdims: bool = False) -> Array:
+    def mean(self, x: Array, axis: Any = None, keepdims: Any = False) -> Array:
         if x.dtype.itemsize < 4:
             return np.mean(x, axis=axis, keepdims=keepdims)  # adds halves up as singles
         total = np.add.reduce(x, axis=axis, keepdims=True)
         total /= np.asarray(x.size / max(total.size, 1), x.dtype)
         return total if keepdims else np.squeeze(total, axis)
 
-    def max(self, x: Array, axis: Any = None, keepdims: bool = False) -> Array:
+    def max(self, x: Array, axis: Any = None, keepdims: Any = False) -> Array:
         return np.maximum.reduce(x, axis=axis, keepdims=keepdims)
 
-    def min(self, x: Array, axis: Any = None, keepdims: bool = False) -> Array:
+    def min(self, x: Array, axis: Any = None, keepdims: Any = False) -> Array:
         return np.minimum.reduce(x, axis=axis, keepdims=keepdims)
 
     def broadcast_to(self, x: Array, shape: tuple) -> Array:
@@ -120,8 +120,8 @@ class NumpyBackend(Backend):
         rank = len(size)
         spans = tuple(d * (k - 1) + 1 for k, d in zip(size, dilation, strict=True))
         windows = np.lib.stride_tricks.sliding_window_view(x, spans, axis=tuple(range(-rank, 0)))
-        steps = tuple(slice(None, None, s) for s in (*stride, *dilation))
-        return windows[(..., *steps)]
+        steps: Any = (..., *(slice(None, None, s) for s in (*stride, *dilation)))
+        return windows[steps]
 
     def from_numpy(self, array: np.ndarray) -> Array:
         return np.asarray(array)
@@ -166,8 +166,8 @@ def _erf_float64(x: Array) -> Array:
     inner = y * _rational(z, _SMALL_P, _SMALL_Q)
     outer = np.exp(-np.minimum(z, 700.0))
     middle = 1.0 - outer * _rational(y, _MIDDLE_P, _MIDDLE_Q)
-    w = 1.0 / np.maximum(z, 1e-300)
-    tail = 1.0 - outer / np.maximum(y, 1e-300) * (_ONE_OVER_SQRT_PI - w * _rational(w, _FAR_P, _FAR_Q))
+    w = 1.0 / np.maximum(z, 1.0)
+    tail = 1.0 - outer / np.maximum(y, 1.0) * (_ONE_OVER_SQRT_PI - w * _rational(w, _FAR_P, _FAR_Q))
     magnitude = np.where(small, inner, np.where(far, tail, middle))
     return np.where(np.isnan(x), x, np.copysign(magnitude, x)).astype(x.dtype)
 

@@ -167,8 +167,8 @@ MODULES = (
         exports={
             "optim": "Optimizer SGD Adam AdamW RMSprop Adagrad Lion EMA",
             "optim.lr_scheduler": """
-                LRScheduler StepLR MultiStepLR ExponentialLR ConstantLR CosineAnnealingLR CosineAnnealingWarmRestarts LinearLR
-                OneCycleLR LambdaLR ReduceLROnPlateau SequentialLR
+                LRScheduler StepLR MultiStepLR ExponentialLR ConstantLR LinearLR
+                CosineAnnealingLR CosineAnnealingWarmRestarts OneCycleLR LambdaLR ReduceLROnPlateau SequentialLR
             """,
             "nn.utils": "clip_grad_norm_ clip_grad_value_",
         },

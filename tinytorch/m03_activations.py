@@ -412,7 +412,7 @@ def test_two_layers_need_a_bend_between_them() -> None:
     assert_close((x @ first) @ second, x @ (first @ second), rtol=1e-4, atol=1e-4)
     bits = tensor([[0.0, 0.0], [0.0, 1.0], [1.0, 0.0], [1.0, 1.0]])
     seen: list[str] = []
-    with observe(lambda op, arrays, attributes, proceed: (seen.append(op.name), proceed())[1]):
+    with observe(lambda op, arrays, attributes, proceed: (seen.append(op.name), proceed())[1]):  # type: ignore[func-returns-value]
         hidden = ReLU()(bits @ tensor([[1.0, 1.0], [1.0, 1.0]]) + tensor([0.0, -1.0]))
         xor = hidden @ tensor([[1.0], [-2.0]])
     assert_close(xor, [[0], [1], [1], [0]])

@@ -128,7 +128,7 @@ class Plan:
     """
 
     def __init__(self, rules: Rules, tracked: list[int]) -> None:
-        self.op, self.keep, self.steps = rules.op, [], []
+        self.op, self.keep, self.steps = rules.op, list[tuple[str, Any]](), list[tuple]()
         self.parent_of_input = {i: k for k, i in enumerate(tracked)}
         last = len(self.op.inputs) - 1
         for k, i in enumerate(tracked):
@@ -144,6 +144,7 @@ class Plan:
     def _place(self, name: str, position: int) -> int:
         """Where among the kept values the one that a rule calls `name` stands; it is added if it is new."""
         inputs = self.op.inputs
+        wanted: tuple[str, Any]
         if name in ("out", "extras"):
             wanted = (name, None)
         elif name == "position":
@@ -358,9 +359,11 @@ class Leaf:
     """Where a graph ends: a tensor whose gradient is wanted. `grad` is that gradient, a tensor, or None."""
 
     __slots__ = ("__weakref__", "grad", "hooks", "number", "tensor")
+    hooks: Any
 
     def __init__(self, owner: Tensor) -> None:
-        self.number, self.tensor, self.grad, self.hooks = now(), weakref.ref(owner), None, None
+        self.number, self.tensor, self.hooks = now(), weakref.ref(owner), None
+        self.grad: Tensor | None = None
 
 
 class Node:
@@ -375,7 +378,7 @@ class Node:
 
     __slots__ = ("__weakref__", "dtype", "grad", "hooks", "line", "number", "parents", "plan", "shape", "values")
 
-    def __init__(self, plan: Any, parents: list, values: list, out: Any) -> None:
+    def __init__(self, plan: Any, parents: Sequence, values: Any, out: Any) -> None:
         self.plan, self.parents, self.values = plan, parents, values
         self.shape, self.dtype, self.number = out.shape, out.dtype, now()
         self.grad = self.hooks = self.line = None
@@ -438,8 +441,8 @@ def leaf_of(x: Tensor) -> Leaf:
     return x._trace
 
 
-def missing_rules(op: Op) -> None:
-    """None if an operation is declared to have no gradient, an error if nobody said anything about it."""
+def check_declared(op: Op) -> None:
+    """An error if nobody said anything about an operation's gradient."""
     if op not in NON_DIFFERENTIABLE:
         raise NotImplementedError(f"{op.name} has no gradient rule: give it one with gradient({op.name}, …), "
                                   f"declare non_differentiable({op.name}), or call it under no_grad()")  # fmt: skip
@@ -472,9 +475,9 @@ class Recorder:
             if isinstance(x, Tensor) and x._trace is not None:
                 parents.append(leaf_of(x) if x._trace is WATCHED else x._trace)
                 mask |= 1 << i
-        rules = RULES.get(op) or missing_rules(op)
+        rules = RULES.get(op)
         if rules is None:
-            return
+            return check_declared(op)
         plan = rules.plans.get(mask) or rules.plan(mask, len(inputs))
         first, extras = (result[0], result[1:]) if isinstance(result, tuple) else (result, ())
         out = first.data
@@ -519,18 +522,12 @@ def sum_to(g: Any, shape: tuple) -> Any:
     return reshape(sum(g, dim=axes, keepdim=True), shape=tuple(shape))
 
 
-def propagate(
-    roots: Sequence[tuple[Any, Any]],
-    retain_graph: bool,
-    create_graph: bool,
-    wanted: set | None = None,
-) -> dict:
+def propagate(roots: Sequence[tuple], retain_graph: bool | None, create_graph: bool, wanted: set | None = None) -> dict:
     """Send gradients from the roots, (node, gradient) pairs, to the leaves, and add them to the leaves' `grad`.
 
     With `wanted`, a set of nodes and leaves, their gradients are returned instead, and no `grad` is touched.
     """
-    arrived, found = {}, {}
-    queue: list[tuple[int, Any]] = []
+    arrived, found, queue = dict[Any, Any](), dict[Any, Any](), list[tuple[int, Any]]()
     needed = None if wanted is None else leading_to(wanted, [node for node, _ in roots])
 
     def send(node: Any, g: Any) -> None:
@@ -633,7 +630,7 @@ def call_hook(hook: Callable, g: Any) -> Any:
     result = hook(g if isinstance(g, Tensor) else Tensor(g))
     if result is None:
         return g
-    return result if isinstance(g, Tensor) else result.data
+    return result if isinstance(g, Tensor) else result.clone().data
 
 
 # %% [markdown]
@@ -671,7 +668,10 @@ def root(x: Tensor, gradient: Tensor | None, create_graph: bool) -> tuple[Any, A
         gradient = Tensor(backend_of(x.data).ones(x.data.shape, dtype=x.data.dtype))
     elif gradient.shape != x.shape:
         raise ValueError(f"backward: the gradient has shape {gradient.shape}, the tensor {x.shape}")
-    return leaf_of(x), gradient.to(x.dtype) if create_graph else gradient.to(x.dtype).data
+    gradient = gradient.to(x.dtype)
+    if x.is_leaf and not create_graph:
+        gradient = gradient.detach().clone()  # the leaf will own it
+    return leaf_of(x), gradient if create_graph else gradient.data
 
 
 def grad(
@@ -706,7 +706,7 @@ class set_grad_enabled(ContextDecorator):
     """Record operations, or do not, in a `with` block or a decorated function."""
 
     def __init__(self, enabled: bool) -> None:
-        self.enabled, self.before = enabled, []
+        self.enabled, self.before = enabled, list[bool]()
 
     def __enter__(self) -> None:
         self.before.append(mode.enabled)
@@ -718,7 +718,7 @@ class set_grad_enabled(ContextDecorator):
     def _recreate_cm(self) -> set_grad_enabled:
         return set_grad_enabled(self.enabled)  # a decorated function may run in several threads at once
 
-    def __call__(self, function: Callable) -> Callable:
+    def __call__(self, function: Callable) -> Callable:  # type: ignore[override]
         if not inspect.isgeneratorfunction(function):
             return super().__call__(function)
 
@@ -773,7 +773,7 @@ def _set_grad(self: Tensor, value: Tensor | None) -> None:
 
 Tensor.extend(
     backward=backward, detach=lambda self: Tensor(self.data), requires_grad_=requires_grad_,
-    requires_grad=property(lambda self: self.watched, requires_grad_),
+    requires_grad=property(lambda self: self.watched, requires_grad_),  # type: ignore[arg-type]
     grad=property(lambda self: getattr(self._trace, "grad", None), _set_grad),
     is_leaf=property(lambda self: not isinstance(self._trace, Node)),
     grad_fn=property(lambda self: self._trace if isinstance(self._trace, Node) else None),

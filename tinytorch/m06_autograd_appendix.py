@@ -300,6 +300,7 @@ class Context:
         self.needs_input_grad = needs_input_grad
         self._saved: tuple = ()
         self._constant: tuple = ()
+        self.time = 0  # when forward was done; what it saved must not be written to later
 
     def save_for_backward(self, *tensors: Tensor | None) -> None:
         """Keep inputs, outputs or other tensors. Outputs must be kept in this way, or memory would not return."""
@@ -410,13 +411,13 @@ class _Call(Node):
                                f"got {len(parts)}")  # fmt: skip
         chosen = [parts[i] for i in self.tracked]
         return [
-            (parent, part if create_graph or part is None else part.data)
+            (parent, part if create_graph or part is None else part.detach().clone().data)  # others may hold it
             for parent, part in zip(self.parents, chosen, strict=True)
         ]
 
     def free(self) -> None:
         super().free()
-        self.context = None
+        self.context = Context(())  # drops what was saved
 
 
 class _Output(Node):

@@ -439,6 +439,11 @@ def test_an_implementation_stands_in_where_its_condition_holds() -> None:
     assert calls == [(1, 1)]
 
 
+def test_a_number_that_does_not_fit_is_an_error_of_the_operation(device: str) -> None:
+    with pytest.raises(ValueError, match="add: .*int8"):
+        t.tensor([1], dtype="int8") + 200
+
+
 def test_observers_nest_and_leave() -> None:
     seen = []
 
