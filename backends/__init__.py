@@ -25,6 +25,7 @@ __all__ = [
     "Backend",
     "Memory",
     "backend_of",
+    "count_cuda_devices",
     "get_backend",
     "manual_seed",
     "rng_state",
@@ -112,6 +113,16 @@ def _cuda(name: str) -> Backend:
     if int(number) == 0:
         BY_DEVICE["cuda"] = backend
     return backend
+
+
+def count_cuda_devices() -> int:
+    """How many CUDA devices CuPy can use; 0 where CuPy, the driver or the devices are missing."""
+    try:
+        from tinytorch.backends import cupy as module
+
+        return module.device_count()
+    except Exception:  # a broken installation can raise anything at all
+        return 0
 
 
 def _add(device: str, backend: Backend) -> Backend:

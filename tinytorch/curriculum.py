@@ -71,10 +71,12 @@ MODULES = (
                 Tensor dtype=DType device=Device set_default_device get_default_device
                 set_default_dtype get_default_dtype
                 float16 bfloat16 float32 float64 int8 int16 int32 int64 uint8 bool=bool_
+                half=float16 float=float32 double=float64 short=int16 int=int32 long=int64
                 tensor as_tensor is_tensor from_numpy from_dlpack zeros ones full empty eye arange linspace
                 zeros_like ones_like full_like empty_like rand randn randint rand_like randn_like randperm
                 multinomial bernoulli stack cat concatenate clone where meshgrid tril triu
-                matmul einsum outer dot add sub mul div pow neg floor_divide remainder reciprocal square
+                matmul mm=matmul bmm=matmul mv=matmul einsum outer dot
+                add sub mul div pow neg floor_divide remainder reciprocal square
                 eq ne lt le gt ge equal allclose isnan isinf isfinite
                 logical_and logical_or logical_not bitwise_and bitwise_or bitwise_xor bitwise_not
                 exp log log1p expm1 sqrt rsqrt sin cos tanh erf abs sign clamp floor ceil round maximum minimum
@@ -84,6 +86,7 @@ MODULES = (
                 gather take_along_dim index_select index_add index_put scatter_add masked_fill masked_select
                 nonzero topk sort argsort
             """,
+            "cuda": "is_available=cuda_is_available device_count=cuda_device_count synchronize=cuda_synchronize",
             "nn.functional": "one_hot pad",
         },
     ),
@@ -187,6 +190,7 @@ FACES = (
     "",
     "autograd",
     "autograd.functional",
+    "cuda",
     "nn",
     "nn.functional",
     "nn.init",

@@ -14,7 +14,7 @@ import operator
 from collections.abc import Callable, Sequence
 from typing import Any, ClassVar, NamedTuple
 
-from tinytorch.backends import BY_TYPE, DTYPE_KINDS, backend_of, get_backend, set_default_float
+from tinytorch.backends import BY_TYPE, DTYPE_KINDS, backend_of, count_cuda_devices, get_backend, set_default_float
 from tinytorch.m02_tensor import (
     DTYPES,
     Device,
@@ -40,6 +40,7 @@ from tinytorch.m02_tensor import (
     full,
     getitem,
     int64,
+    matmul,
     mul,
     neg,
     op,
@@ -182,6 +183,21 @@ def set_default_dtype(dtype: str) -> None:
 
 def get_default_dtype() -> DType:
     return _default["dtype"]
+
+
+def cuda_device_count() -> int:
+    """How many CUDA devices can be used; 0 where CuPy, the driver or the devices are missing."""
+    return count_cuda_devices()
+
+
+def cuda_is_available() -> builtins.bool:
+    """Whether `device="cuda"` can be used."""
+    return count_cuda_devices() > 0
+
+
+def cuda_synchronize(device: str = "cuda") -> None:
+    """Wait until a device has done all that it was given."""
+    get_backend(device).synchronize()
 
 
 def is_tensor(x: Any) -> builtins.bool:
@@ -960,11 +976,13 @@ Tensor.extend(
         self, index, source, dim=dim), index_select=index_select, masked_select=masked_select, nonzero=nonzero,
     argsort=argsort, sort=sort, topk=topk, multinomial=multinomial, bernoulli=bernoulli,
     # linear algebra
-    outer=outer, dot=dot, allclose=allclose, equal=equal,
+    mm=matmul, bmm=matmul, mv=matmul, outer=outer, dot=dot, allclose=allclose, equal=equal,
+    t=lambda self: permute(self, dims=tuple(range(self.ndim))[::-1]),
     # dtypes and devices
     float=_as_dtype(float32), double=_as_dtype(DTYPES["float64"]), half=_as_dtype(DTYPES["float16"]),
     long=_as_dtype(int64), int=_as_dtype(DTYPES["int32"]), bool=_as_dtype(DTYPES["bool"]),
     cpu=lambda self: to(self, device="cpu"), cuda=lambda self, index=0: to(self, device=f"cuda:{index}"),
+    type=lambda self, dtype: to(self, dtype), type_as=lambda self, other: to(self, other.dtype),
     is_floating_point=lambda self: self.dtype.is_floating_point, element_size=lambda self: self.dtype.itemsize,
     nbytes=property(lambda self: self.numel() * self.dtype.itemsize),
 )  # fmt: skip

@@ -32,7 +32,7 @@ from tinytorch.m01_setup import (
     seconds,
     set_rng_state,
 )
-from tinytorch.m02_tensor import Tensor, argmax, cat, eq, float16, float32, randn, stack, tensor
+from tinytorch.m02_tensor import Device, Tensor, argmax, cat, eq, float16, float32, randn, stack, tensor
 from tinytorch.m02_tensor_appendix import all, as_tensor, isfinite, randint
 from tinytorch.m03_activations import relu
 from tinytorch.m04_layers import Dropout, Linear, Module, Parameter, Sequential
@@ -410,7 +410,7 @@ class Trainer:
         clip_norm: the largest norm that all gradients together may have.
         accumulate: how many batches make one step; the step is that of one big batch.
         precision: "float32", or "mixed": the model computes in float16, on CUDA; with a `scaler` given, anywhere.
-        device: where the model is brought, and each batch; by default all stays where it is.
+        device: where the model is brought; by default it stays where it is. Batches follow it.
 
     Attributes:
         history: a row for each epoch: "epoch", "loss", the metrics, the same with "val_" before it, and "lr".
@@ -430,8 +430,7 @@ class Trainer:
         self.model = model if device is None else model.to(device=device)
         self.optimizer, self.loss, self.metrics, self.scheduler = optimizer, loss, dict(metrics or {}), scheduler
         self.callbacks = sorted(callbacks, key=lambda callback: callback.order)
-        self.clip_norm, self.accumulate, self.device = clip_norm, accumulate, device
-        self.scheduler_interval = scheduler_interval
+        self.clip_norm, self.accumulate, self.scheduler_interval = clip_norm, accumulate, scheduler_interval
         self._check_options(precision, scaler)
         self.scaler = (scaler or GradScaler()) if precision == "mixed" else None
         self.history: list[dict[str, float]] = []
@@ -452,8 +451,8 @@ class Trainer:
             raise ValueError("Trainer: 'loss', 'epoch' and 'lr' are columns of the history; call the metric otherwise")
         if precision not in ("float32", "mixed") or (scaler is not None and precision != "mixed"):
             raise ValueError(f"Trainer: precision is 'float32', or 'mixed', which takes a scaler; not {precision!r}")
-        if precision == "mixed" and scaler is None and (place := next(self.model.parameters()).device).type != "cuda":
-            raise ValueError(f"Trainer: precision='mixed' is for CUDA. On {place!s} float16 is slower than float32; "
+        if precision == "mixed" and scaler is None and self.device.type != "cuda":
+            raise ValueError(f"Trainer: precision='mixed' is for CUDA. On {self.device!s} float16 is slower than float32; "
                              "leave it out, or pass scaler=GradScaler() to try it all the same")  # fmt: skip
 
     # -- training ----------------------------------------------------------------------------------------------------
@@ -572,6 +571,10 @@ class Trainer:
         """The learning rate of the optimizer's first group."""
         return self.optimizer.param_groups[0]["lr"]
 
+    @property
+    def device(self) -> Device:
+        return self.optimizer.param_groups[0]["params"][0].device
+
     def _call(self, hook: str) -> None:
         for callback in self.callbacks:
             getattr(callback, hook)(self)
@@ -583,7 +586,7 @@ class Trainer:
         if not isinstance(batch, (tuple, list)) or len(batch) != 2:
             what = f"{len(batch)} things" if isinstance(batch, (tuple, list)) else type(batch).__name__
             raise ValueError(f"{operation}: batch {number} is not a pair (inputs, targets), but {what}")
-        inputs, targets = as_tensor(batch[0], device=self.device), as_tensor(batch[1], device=self.device)
+        inputs, targets = (as_tensor(part, device=self.device) for part in batch)
         if not inputs.shape or not inputs.shape[0]:
             raise ValueError(f"{operation}: batch {number} is empty: its inputs have shape {inputs.shape}")
         return inputs, targets

@@ -107,7 +107,7 @@ def lifted(function: Any) -> Any:
 
 
 def _operators() -> None:
-    names = "add sub mul truediv floordiv mod pow matmul and or xor".split()
+    names = ["add", "sub", "mul", "truediv", "floordiv", "mod", "pow", "matmul", "and", "or", "xor"]
     for name in [f"__{r}{n}__" for n in names for r in ("", "r", "i")]:
         if hasattr(np.ndarray, name) and not name.startswith("__i"):
             setattr(ndarray, name, lifted(getattr(np.ndarray, name)))
@@ -159,7 +159,9 @@ def modules(count: int | Exception = 2) -> dict[str, types.ModuleType]:
         value = getattr(np, name)
         if not name.startswith("_") and callable(value) and not isinstance(value, type):
             setattr(cupy, name, lifted(value))
-    kinds = [f"{kind}{bits}" for kind in ("int", "uint", "float") for bits in (8, 16, 32, 64) if f"{kind}{bits}" != "float8"]
+    kinds = [
+        f"{kind}{bits}" for kind in ("int", "uint", "float") for bits in (8, 16, 32, 64) if f"{kind}{bits}" != "float8"
+    ]
     for name in (*kinds, "newaxis", "pi", "e", "inf", "nan", "bool_", "bool"):
         setattr(cupy, name, getattr(np, name))
     cupy.dtype, cupy.generic, cupy.iinfo, cupy.finfo = np.dtype, np.generic, np.iinfo, np.finfo
@@ -216,7 +218,9 @@ def installed(count: int | Exception = 2) -> Iterator[None]:
         setattr(compat, name, getattr(here["cupy"], name))
     compat.permute_dims, compat.concat, compat.pow = compat.transpose, compat.concatenate, compat.power
     compat.astype = lambda x, dtype, copy=True: x.astype(dtype, copy=copy)
-    compat.asarray = lambda x, dtype=None, copy=None: here["cupy"].array(x, dtype) if copy else here["cupy"].asarray(x, dtype)
+    compat.asarray = lambda x, dtype=None, copy=None: (
+        here["cupy"].array(x, dtype) if copy else here["cupy"].asarray(x, dtype)
+    )
     sys.modules["array_api_compat.cupy"] = compat
     import array_api_compat
 

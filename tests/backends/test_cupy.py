@@ -141,8 +141,6 @@ def test_tensors_on_it() -> None:
     assert (x * 2 + x).cpu().tolist() == [[3, 6], [9, 12]]
     with pytest.raises(TypeError, match=r"add: one input is on cuda:0 \(cupy\), another on cpu \(numpy\)"):
         x + t.ones(2)
-    with pytest.raises(TypeError, match=r"one input is on cuda:0 \(cupy\), another on cuda:1"):
-        x + t.ones(2, device="cuda:1")
     assert x.to("cuda:1").device == "cuda:1"
     assert x.cuda(1).cpu().tolist() == x.tolist()
 
@@ -188,5 +186,7 @@ def test_no_cupy_or_a_broken_one(monkeypatch, error: Exception) -> None:
 
     monkeypatch.delattr(array_api_compat, "cupy", raising=False)
     monkeypatch.setattr(sys, "meta_path", [Broken(), *sys.meta_path])
-    with pytest.raises(RuntimeError, match=rf"device 'cuda' needs CuPy.*{type(error).__name__}.*tinytorch-systems\[cuda12\]"):
+    with pytest.raises(
+        RuntimeError, match=rf"device 'cuda' needs CuPy.*{type(error).__name__}.*tinytorch-systems\[cuda12\]"
+    ):
         get_backend("cuda")

@@ -17,10 +17,12 @@ def make(folder: Path | None = None, **options) -> Trainer:
     tinytorch.manual_seed(0)
     model = nn.Sequential(nn.Linear(64, 64), nn.ReLU(), nn.Dropout(0.2), nn.Linear(64, 10))
     optimizer = optim.Adam(model.parameters(), lr=3e-3)
-    callbacks = [] if folder is None else [Checkpointing(folder, every=10), History(folder / "history.jsonl")]
+    callbacks = list(options.pop("callbacks", []))
+    if folder is not None:
+        callbacks += [Checkpointing(folder, every=10), History(folder / "history.jsonl")]
     return Trainer(
         model, optimizer, nn.CrossEntropyLoss(label_smoothing=0.05), {"accuracy": accuracy},
-        optim.lr_scheduler.CosineAnnealingLR(optimizer, T_max=8), [*callbacks, *options.pop("callbacks", [])], **options,
+        optim.lr_scheduler.CosineAnnealingLR(optimizer, T_max=8), callbacks, **options,
     )  # fmt: skip
 
 

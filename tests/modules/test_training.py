@@ -199,11 +199,11 @@ def test_evaluate_and_predict_leave_the_model_as_it_was() -> None:
 
 
 def test_fit_counts_epochs_from_the_beginning() -> None:
-    twice, once = make(), make()
+    twice = make()
     twice.fit(make_batches(), 1)
     assert [row["epoch"] for row in twice.fit(make_batches(), 3)] == [1, 2, 3]
-    assert once.fit(make_batches(), 3) == twice.history
     assert len(twice.fit(make_batches(), 2)) == 3  # done already
+    assert make().fit(make_batches(), 3) == twice.history
 
 
 def test_accuracies() -> None:
@@ -230,17 +230,16 @@ def test_accuracies() -> None:
 def test_a_loss_that_is_not_finite_leaves_the_weights(bad: float, accumulate: int, tmp_path: Path) -> None:
     batches = make_batches()
     batches[2][0][1, 1] = bad
-    good, trainer = make(accumulate=accumulate), make(accumulate=accumulate, callbacks=[Checkpointing(tmp_path)])
-    if bad == math.inf:  # tanh(inf) is 1: let it through to the loss
-        good.model[1], trainer.model[1] = nn.Identity(), nn.Identity()
+    good = make(accumulate=accumulate)
+    good.fit(batches[:2], 1)
+    trainer = make(accumulate=accumulate, callbacks=[Checkpointing(tmp_path)])
+    trainer.model[1] = lambda x: x.tanh() + 0 * x  # tanh alone makes of infinity a 1
     with pytest.raises(TrainingError) as raised:
         trainer.fit(batches, 1)
     message = str(raised.value)
     assert "\n" not in message
-    for part in ("the loss is ", "epoch 1, batch 3", f"step {3 // accumulate + (accumulate == 1) * 0}", "0.02", "Try"):
+    for part in ("the loss is nan", "epoch 1, batch 3", f"step {2 // accumulate + 1}", "learning rate 0.02", "Try"):
         assert part in message
-    with pytest.raises(TrainingError):
-        good.fit(batches[: 2 // accumulate * accumulate] + batches[2:3], 1)
     for one, other in zip(trainer.model.parameters(), good.model.parameters(), strict=True):
         assert_close(one, other, rtol=0, atol=0)
         assert np.isfinite(one.numpy()).all()
@@ -323,7 +322,7 @@ def test_small_gradients_survive_by_scaling() -> None:
         trainer.fit(make_batches((4,)), 1)
         results[name] = trainer.model[3].bias.numpy() - before
     assert_close(results["none"], np.zeros(3), atol=0)
-    assert_close(results["scaled"], np.full(3, -4e-8), rtol=0.25, atol=0)
+    assert_close(results["scaled"], np.full(3, -4e-8), rtol=0.4, atol=0)
 
 
 @pytest.mark.filterwarnings("ignore:overflow encountered")
@@ -539,10 +538,8 @@ def test_a_crash_while_saving_leaves_a_good_checkpoint(
     found = [read_checkpoint(file) for file in tmp_path.glob("*.safetensors")]
     assert all(found)
     folder = read_checkpoint(tmp_path)
-    saves_done = (broken - 1) // 3
-    assert (folder is not None) == (calls > 3)
-    if folder is not None:
-        assert folder["progress"]["step"] >= 2 * saves_done - 1
+    done = broken // 3  # the first save renames two files, each later one three
+    assert (folder["progress"]["step"] if folder else 0) == [0, 2, 4, 5, 6][done]
 
 
 def test_what_cannot_be_gone_on_from_is_not_saved(tmp_path: Path) -> None:

@@ -124,7 +124,15 @@ def logical(rng: Generator, shape: tuple) -> np.ndarray:
 # -- shapes ------------------------------------------------------------------------------------------------------------
 
 SHAPES = ((3, 2), (), (0, 3), (2, 1, 3), (4,))
-PAIRS = (((2, 3), (2, 3)), ((2, 3), (3,)), ((2, 1, 2), (3, 1)), ((), (3,)), ((), ()), ((0, 3), (1, 3)), ((1, 1), (2, 1)))
+PAIRS = (
+    ((2, 3), (2, 3)),
+    ((2, 3), (3,)),
+    ((2, 1, 2), (3, 1)),
+    ((), (3,)),
+    ((), ()),
+    ((0, 3), (1, 3)),
+    ((1, 1), (2, 1)),
+)
 
 
 def unary(draw: Draw = normal, **attributes: Any) -> Callable:
@@ -202,11 +210,17 @@ def bad(call: Callable[[], Any], error: type[Exception], words: str) -> Bad:
 
 
 def does_not_broadcast(name: str, kind: str = "float32") -> Bad:
-    return bad(lambda: Op.registry[name](t.ones(2, 3, dtype=kind), t.ones(4, dtype=kind)), ValueError, rf"{name}: .*\(2, 3\).*\(4,\)")
+    return bad(
+        lambda: Op.registry[name](t.ones(2, 3, dtype=kind), t.ones(4, dtype=kind)),
+        ValueError,
+        rf"{name}: .*\(2, 3\).*\(4,\)",
+    )
 
 
 def no_such_axis(name: str, **always: Any) -> Bad:
-    return bad(lambda: Op.registry[name](t.ones(2, 3), dim=2, **always), (ValueError, IndexError), rf"{name}: .*\(2, 3\)")
+    return bad(
+        lambda: Op.registry[name](t.ones(2, 3), dim=2, **always), (ValueError, IndexError), rf"{name}: .*\(2, 3\)"
+    )
 
 
 def not_for(kind: str, name: str) -> Bad:
@@ -219,7 +233,15 @@ def not_for(kind: str, name: str) -> Bad:
 row("add", lambda a, b: a + b, np.add, binary(), (0, 1), integers=True, bad=[does_not_broadcast("add")])
 row("sub", lambda a, b: a - b, np.subtract, binary(), (0, 1), integers=True, bad=[does_not_broadcast("sub")])
 row("mul", lambda a, b: a * b, np.multiply, binary(), (0, 1), integers=True, bad=[does_not_broadcast("mul")])
-row("div", lambda a, b: a / b, np.true_divide, binary(normal, off_zero), (0, 1), "float", bad=[does_not_broadcast("div")])
+row(
+    "div",
+    lambda a, b: a / b,
+    np.true_divide,
+    binary(normal, off_zero),
+    (0, 1),
+    "float",
+    bad=[does_not_broadcast("div")],
+)
 row("pow", lambda a, b: a**b, np.power, binary(positive, off_zero), (0, 1), bad=[does_not_broadcast("pow")])
 row("maximum", t.maximum, np.maximum, apart, (0, 1), integers=True, bad=[does_not_broadcast("maximum")])
 row("minimum", t.minimum, np.minimum, apart, (0, 1), integers=True, bad=[does_not_broadcast("minimum")])
@@ -230,14 +252,17 @@ def divisions(rng: Generator) -> Iterator[Case]:
     for shape_a, shape_b in PAIRS:
         b = rng.choice([-1.0, 1.0], size=shape_b) * rng.uniform(0.5, 1.5, size=shape_b)
         quotient = rng.integers(-3, 3, size=np.broadcast_shapes(shape_a, shape_b)) + 0.5
-        quotient = quotient if quotient.shape == shape_a else np.broadcast_to(quotient.flat[0] if quotient.size else 0.5, shape_a)
+        quotient = (
+            quotient
+            if quotient.shape == shape_a
+            else np.broadcast_to(quotient.flat[0] if quotient.size else 0.5, shape_a)
+        )
         yield case(quotient * (b if b.shape == quotient.shape else 1.0), b if b.shape == quotient.shape else np.sign(b))
     yield case(np.array([3.25, -3.25]), 1.5)
 
 
 row("floor_divide", lambda a, b: a // b, np.floor_divide, divisions, (), bad=[does_not_broadcast("floor_divide")])
 row("remainder", lambda a, b: a % b, np.remainder, divisions, (0, 1), bad=[does_not_broadcast("remainder")])
-
 
 
 def few(rng: Generator, shape: tuple) -> np.ndarray:
@@ -267,7 +292,9 @@ for _name, _call, _reference in (
     ("bitwise_or", lambda a, b: a | b, np.bitwise_or),
     ("bitwise_xor", lambda a, b: a ^ b, np.bitwise_xor),
 ):
-    floats = bad(lambda name=_name: Op.registry[name](t.ones(2), t.ones(2)), (TypeError, ValueError), f"{_name}: .*float32")
+    floats = bad(
+        lambda name=_name: Op.registry[name](t.ones(2), t.ones(2)), (TypeError, ValueError), f"{_name}: .*float32"
+    )
     row(_name, _call, _reference, bits, (), bad=[does_not_broadcast(_name, "int64"), floats])
 
 
@@ -357,8 +384,24 @@ def of_nothing(name: str) -> Bad:
     return bad(lambda: Op.registry[name](t.ones(0, 3)), (ValueError, IndexError), rf"{name}: .*\(0, 3\)")
 
 
-row("sum", t.sum, numpy_reduction(np.sum), reductions(EMPTY_INPUT), result="total", integers=True, bad=[no_such_axis("sum")])
-row("mean", t.mean, numpy_reduction(np.mean), reductions(EMPTY_RESULT), result="float", integers=True, bad=[no_such_axis("mean")])
+row(
+    "sum",
+    t.sum,
+    numpy_reduction(np.sum),
+    reductions(EMPTY_INPUT),
+    result="total",
+    integers=True,
+    bad=[no_such_axis("sum")],
+)
+row(
+    "mean",
+    t.mean,
+    numpy_reduction(np.mean),
+    reductions(EMPTY_RESULT),
+    result="float",
+    integers=True,
+    bad=[no_such_axis("mean")],
+)
 row("prod", t.prod, numpy_reduction(np.prod), reductions(EMPTY_INPUT, draw=off_zero, tuples=False), result="total", integers=True,
     bad=[no_such_axis("prod")])  # fmt: skip
 row("amax", t.amax, numpy_reduction(np.max), reductions(EMPTY_RESULT, draw=distinct), integers=True,
@@ -375,7 +418,11 @@ row("all", t.all, numpy_reduction(np.all), reductions(EMPTY_INPUT, draw=logical)
 
 def spreads(rng: Generator) -> Iterator[Case]:
     for shape, attributes in REDUCTIONS:
-        count = math.prod(shape) if "dim" not in attributes else math.prod(np.array(shape)[np.array(attributes["dim"])].flat)
+        count = (
+            math.prod(shape)
+            if "dim" not in attributes
+            else math.prod(np.array(shape)[np.array(attributes["dim"])].flat)
+        )
         if count > 1:
             yield case(normal(rng, shape), **attributes)
             yield case(normal(rng, shape), correction=0, **attributes)
@@ -421,7 +468,14 @@ def norms(rng: Generator) -> Iterator[Case]:
         yield case(distinct(rng, (5,)) + 0.77, p=p, dim=0, keepdim=True)
 
 
-row("vector_norm", Op.registry["vector_norm"], numpy_norm, reductions(draw=off_zero), result="float", bad=[no_such_axis("vector_norm")])
+row(
+    "vector_norm",
+    Op.registry["vector_norm"],
+    numpy_norm,
+    reductions(draw=off_zero),
+    result="float",
+    bad=[no_such_axis("vector_norm")],
+)
 row("norm", t.norm, numpy_norm, norms)
 row("max", lambda x, dim, keepdim=False: t.max(x, dim, keepdim),
     lambda x, dim, keepdim=False: (x.max(dim, keepdims=keepdim), x.argmax(dim, keepdims=keepdim)),
@@ -697,7 +751,12 @@ def selected(rng: Generator) -> Iterator[Case]:
     yield case(normal(rng, (2,)), logical(rng, (3, 2)))
 
 
-row("masked_select", t.masked_select, lambda x, mask: np.broadcast_arrays(x, mask)[0][np.broadcast_arrays(x, mask)[1]], selected)
+row(
+    "masked_select",
+    t.masked_select,
+    lambda x, mask: np.broadcast_arrays(x, mask)[0][np.broadcast_arrays(x, mask)[1]],
+    selected,
+)
 row("nonzero", t.nonzero, lambda x: np.stack(np.nonzero(x), 1), with_attributes(((3, 2), (2, 1, 3), (4,), (0, 2)), ({},) * 4, logical),
     (), "int64")  # fmt: skip
 
@@ -878,7 +937,13 @@ row("gelu", F.gelu, numpy_gelu, also({"approximate": "tanh"}), result="float",
 row("softplus", F.softplus,
     lambda x, beta=1.0, threshold=20.0: np.where(beta * x > threshold, x, np.log1p(np.exp(beta * x)) / beta),
     also({"beta": 2.0}, {"beta": 0.5, "threshold": 1.05}), result="float")  # fmt: skip
-row("elu", F.elu, lambda x, alpha=1.0: np.where(x > 0, x, alpha * np.expm1(x)), also({"alpha": 0.5}, draw=off_zero), result="float")
+row(
+    "elu",
+    F.elu,
+    lambda x, alpha=1.0: np.where(x > 0, x, alpha * np.expm1(x)),
+    also({"alpha": 0.5}, draw=off_zero),
+    result="float",
+)
 
 
 def numpy_softmax(x: np.ndarray, dim: int) -> np.ndarray:

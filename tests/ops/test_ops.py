@@ -125,7 +125,9 @@ def test_values_and_dtypes(row: Row, dtype: str, device: str) -> None:
         assert len(actual) == len(expected)
         given = next((x.dtype.name for x in case.inputs if isinstance(x, np.ndarray) and not is_float(x)), dtype)
         given = dtype if any(is_float(x) for x in case.inputs) else given
-        for y, want, wanted_dtype in zip(actual, expected, expected_dtypes(row, case.inputs, len(actual), given), strict=True):
+        for y, want, wanted_dtype in zip(
+            actual, expected, expected_dtypes(row, case.inputs, len(actual), given), strict=True
+        ):
             assert_equal(y, want, tolerance, f"{row.operation} {case}")
             assert y.dtype == wanted_dtype, f"{row.operation} {case}"
             assert backend_of(y.data) is backend_of(t.zeros(1).data)
@@ -140,13 +142,15 @@ def test_integers(row: Row, dtype: str, device: str) -> None:
     rng = np.random.default_rng([SEED, *row.operation.encode()])
     low = 1 if dtype == "uint8" or row.operation in ("var", "std") else -3
     for case in drawn(row):
-        if any(isinstance(x, float) for x in case.inputs) or row.operation in ("neg", "sub") and dtype == "uint8":
+        if any(isinstance(x, float) for x in case.inputs) or (row.operation in ("neg", "sub") and dtype == "uint8"):
             continue
         arrays = [rng.integers(low, 4, x.shape).astype(dtype) if isinstance(x, np.ndarray) else x for x in case.inputs]
         inputs, attributes = [to_tensors(x, dtype) for x in arrays], arguments(case, dtype)[1]
         actual = results(row.call(*inputs, **attributes))
         expected = results(row.reference(*(x.astype(np.int64) for x in arrays), **case.attributes))
-        for y, want, wanted_dtype in zip(actual, expected, expected_dtypes(row, arrays, len(actual), dtype), strict=True):
+        for y, want, wanted_dtype in zip(
+            actual, expected, expected_dtypes(row, arrays, len(actual), dtype), strict=True
+        ):
             assert_equal(y, want, 2e-6, f"{row.operation} {arrays} {case.attributes}")
             assert y.dtype == wanted_dtype, f"{row.operation} {arrays}"
 
@@ -197,8 +201,6 @@ def test_gradients_of_gradients(name: str, device: str) -> None:
         inputs, attributes, leaves = watched(row, case)
         if leaves:
             assert gradgradcheck(smooth_call(row, attributes), inputs), case
-
-
 
 
 @smooth_row

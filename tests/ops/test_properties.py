@@ -141,7 +141,9 @@ def test_basic_indices(device: str, data: Any) -> None:
 @given(st.data())
 def test_integer_array_indices_and_their_gradient(device: str, data: Any) -> None:
     shape = data.draw(hnp.array_shapes(min_dims=1, max_dims=3, min_side=1, max_side=4))
-    index = data.draw(hnp.integer_array_indices(shape, result_shape=hnp.array_shapes(min_dims=0, max_dims=2, min_side=0)))
+    index = data.draw(
+        hnp.integer_array_indices(shape, result_shape=hnp.array_shapes(min_dims=0, max_dims=2, min_side=0))
+    )
     x = values(shape)
     leaf = t.tensor(x, requires_grad=True)
     out = leaf[tuple(t.tensor(part) for part in index)]
@@ -211,6 +213,8 @@ def test_permute_and_reshape(device: str, data: Any) -> None:
 @quick
 @given(st.data())
 def test_matmul_broadcasts(device: str, data: Any) -> None:
-    drawn = data.draw(hnp.mutually_broadcastable_shapes(signature=np.matmul.signature, max_dims=2, min_side=0, max_side=3))
+    drawn = data.draw(
+        hnp.mutually_broadcastable_shapes(signature=np.matmul.signature, max_dims=2, min_side=0, max_side=3)
+    )
     a, b = (values(shape, seed=i) for i, shape in enumerate(drawn.input_shapes))
     same(t.tensor(a) @ t.tensor(b), a @ b)

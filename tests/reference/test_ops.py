@@ -62,7 +62,23 @@ def draw(shape: tuple, seed: int, low: float = -2.0, high: float = 2.0) -> np.nd
 SHAPES = [(3, 4), (), (2, 1, 3), (0, 2)]
 UNARY = ["neg", "abs", "exp", "log", "sqrt", "log1p", "expm1", "rsqrt", "sin", "cos", "tanh", "erf", "sign", "floor", "ceil",
          "round", "isnan", "isinf", "isfinite", "square", "reciprocal", "relu", "sigmoid", "clone", "logical_not"]  # fmt: skip
-BINARY = ["add", "sub", "mul", "div", "pow", "maximum", "minimum", "eq", "ne", "lt", "le", "gt", "ge", "logical_and", "logical_or"]
+BINARY = [
+    "add",
+    "sub",
+    "mul",
+    "div",
+    "pow",
+    "maximum",
+    "minimum",
+    "eq",
+    "ne",
+    "lt",
+    "le",
+    "gt",
+    "ge",
+    "logical_and",
+    "logical_or",
+]
 
 
 @pytest.mark.parametrize("name", UNARY)
@@ -70,7 +86,11 @@ BINARY = ["add", "sub", "mul", "div", "pow", "maximum", "minimum", "eq", "ne", "
 def test_elementwise(name: str, dtype: str) -> None:
     for seed, shape in enumerate(SHAPES):
         low = 0.1 if name in ("log", "sqrt", "rsqrt", "log1p") else -2.0
-        compare(lambda lib, x: getattr(lib, name)(x), draw(shape, seed, low).astype(dtype), tolerance=1e-10 if dtype == "float64" else 3e-6)
+        compare(
+            lambda lib, x: getattr(lib, name)(x),
+            draw(shape, seed, low).astype(dtype),
+            tolerance=1e-10 if dtype == "float64" else 3e-6,
+        )
 
 
 EDGES = [0.0, -0.0, 1.0, -1.0, inf, -inf, nan, 0.5, 1.5, 2.5, -0.5, 1e-30, 1e30, -1e30, 88.0, 1e4, -1e4]
@@ -146,7 +166,13 @@ def test_promotion(a: str, b: str) -> None:
 @pytest.mark.parametrize("number", [True, 2, 1.5])
 def test_promotion_with_numbers(dtype: str, number: Any) -> None:
     x, y = both([1, 0, 3], dtype)
-    for function in (lambda v: v + number, lambda v: number * v, lambda v: v / number, lambda v: v == number, lambda v: number + v):
+    for function in (
+        lambda v: v + number,
+        lambda v: number * v,
+        lambda v: v / number,
+        lambda v: v == number,
+        lambda v: number + v,
+    ):
         same(function(x), function(y), 1e-3)
     same(t.where(x > 0, x, number), torch.where(y > 0, y, number))
 
@@ -169,7 +195,15 @@ REDUCTIONS = {
     "all": ({}, {"dim": 1}, {"dim": -1, "keepdim": True}),
     "max": ({"dim": 1}, {"dim": -1, "keepdim": True}, {}),
     "min": ({"dim": 1}, {"dim": -1, "keepdim": True}, {}),
-    "norm": ({}, {"dim": 1}, {"p": 1, "dim": 2, "keepdim": True}, {"p": 3.0}, {"p": inf, "dim": 0}, {"p": -inf, "dim": 0}, {"p": 0.5}),
+    "norm": (
+        {},
+        {"dim": 1},
+        {"p": 1, "dim": 2, "keepdim": True},
+        {"p": 3.0},
+        {"p": inf, "dim": 0},
+        {"p": -inf, "dim": 0},
+        {"p": 0.5},
+    ),
 }
 
 
@@ -240,7 +274,11 @@ def test_clamp_and_its_bounds(bounds: tuple) -> None:
 
 @pytest.mark.parametrize("name", ["maximum", "minimum"])
 def test_ties(name: str) -> None:
-    compare(lambda lib, a, b: getattr(lib, name)(a, b), np.array([1.0, 2.0, 2.0, nan, inf]), np.array([1.0, 2.0, 3.0, 1.0, inf]))
+    compare(
+        lambda lib, a, b: getattr(lib, name)(a, b),
+        np.array([1.0, 2.0, 2.0, nan, inf]),
+        np.array([1.0, 2.0, 3.0, 1.0, inf]),
+    )
 
 
 # -- shape and selection -----------------------------------------------------------------------------------------------
@@ -344,7 +382,18 @@ def test_einsum(equation: str, shapes: list) -> None:
     compare(lambda lib, *x: lib.einsum(equation, *x), *(draw(shape, i) for i, shape in enumerate(shapes)))
 
 
-@pytest.mark.parametrize(("a", "b"), [((3,), (3,)), ((2, 3), (3,)), ((3,), (3, 2)), ((2, 2, 3), (3, 4)), ((5, 1, 2, 3), (4, 3, 2)), ((2, 2, 3), (3,)), ((0, 3), (3, 2))])
+@pytest.mark.parametrize(
+    ("a", "b"),
+    [
+        ((3,), (3,)),
+        ((2, 3), (3,)),
+        ((3,), (3, 2)),
+        ((2, 2, 3), (3, 4)),
+        ((5, 1, 2, 3), (4, 3, 2)),
+        ((2, 2, 3), (3,)),
+        ((0, 3), (3, 2)),
+    ],
+)
 def test_matmul(a: tuple, b: tuple) -> None:
     compare(lambda lib, x, y: x @ y, draw(a, 1), draw(b, 2))
 
@@ -378,7 +427,12 @@ def test_casts(source: str, target: str) -> None:
 def test_second_derivatives() -> None:
     x = draw((3,), 4)
     ours, theirs = both(x, requires_grad=True)
-    for function in (lambda v: (v**3).sum(), lambda v: (v.exp() * v.sin()).sum(), lambda v: v.softmax(0)[0] * v.sum(), lambda v: v.norm()):
+    for function in (
+        lambda v: (v**3).sum(),
+        lambda v: (v.exp() * v.sin()).sum(),
+        lambda v: v.softmax(0)[0] * v.sum(),
+        lambda v: v.norm(),
+    ):
         (g,) = t.autograd.grad(function(ours), ours, create_graph=True)
         (h,) = torch.autograd.grad(function(theirs), theirs, create_graph=True)
         same(g, h)
