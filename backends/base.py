@@ -49,8 +49,8 @@ class Backend:
     usual_float: Any  # the library's own float32: inputs that all have it need no promotion
     array_type: type  # the type of every array of this backend
 
-    def __init__(self, namespace: ModuleType, device: str) -> None:
-        self.namespace = namespace
+    def __init__(self, namespace: ModuleType, device: str, array_type: type) -> None:
+        self.namespace, self.array_type = namespace, array_type
         self.device = device
         self.dtypes = {name: getattr(namespace, name) for name in DTYPE_KINDS if hasattr(namespace, name)}
         self.names = {native: name for name, native in self.dtypes.items()}

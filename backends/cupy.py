@@ -18,11 +18,10 @@ class CupyBackend(Backend):
     """CuPy on one CUDA device."""
 
     name = "cupy"
-    array_type = cupy.ndarray
 
     def __init__(self, index: int) -> None:
         self.index = index
-        super().__init__(namespace, f"cuda:{index}")
+        super().__init__(namespace, f"cuda:{index}", cupy.ndarray)
         self.names = {np.dtype(native): name for name, native in self.dtypes.items()}
         self.dtypes = {name: native for native, name in self.names.items()}
         self.usual_float = self.dtypes["float32"]

@@ -22,9 +22,8 @@ class GenericBackend(Backend):
 
     def __init__(self, name: str, namespace: ModuleType, example: Array) -> None:
         self.name = name
-        self.array_type = type(example)
         self.place = array_api_compat.device(example)
-        super().__init__(namespace, name)
+        super().__init__(namespace, name, type(example))
 
     def weak(self, number: bool | int | float, dtype_name: str) -> Any:
         # A zero-dimensional array of the right dtype means the same number in every library and every function.

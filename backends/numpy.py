@@ -41,10 +41,9 @@ class NumpyBackend(Backend):
     """NumPy on the CPU."""
 
     name = "numpy"
-    array_type = np.ndarray
 
     def __init__(self) -> None:
-        super().__init__(namespace, "cpu")
+        super().__init__(namespace, "cpu", np.ndarray)
         keep_freed_memory()
         self.names = {np.dtype(native): name for name, native in self.dtypes.items()}
         self.dtypes = {name: native for native, name in self.names.items()}

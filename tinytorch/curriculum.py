@@ -182,7 +182,12 @@ MODULES = (
         title="Training",
         part="Foundations",
         checkpoint="Train a network that survives being killed at any moment",
-        exports={"": "Trainer"},
+        exports={
+            "": """
+                Trainer TrainingError GradScaler accuracy binary_accuracy model_state read_history plot_history
+                Callback ProgressBar Checkpointing EarlyStopping History LearningRateLog AveragedWeights
+            """,
+        },
     ),
 )
 

@@ -121,7 +121,6 @@ class Op:
 
     registry: ClassVar[dict[str, Op]] = {}
     recorder: ClassVar[Any] = None
-    observers: ClassVar[list[Callable]] = []
 
     def __init__(self, function: Callable, dtypes: str | None = None) -> None:
         parameters = list(signature(function).parameters.values())[1:]
@@ -148,15 +147,14 @@ class Op:
                     watched = True
                 x = x.data
             arrays.append(x)
-            if type(x) is not kind:
-                if type(x) in NUMBERS:
+            this = type(x)
+            if this is not kind:
+                found = BY_TYPE.get(this)
+                if found is None and this in NUMBERS:
                     continue
-                found = BY_TYPE.get(type(x))
-                backend = found if backend is None and found is not None else self._backend(x, backend)
-                kind = type(x)
-                if dtype is None:
-                    dtype = x.dtype
-                    continue
+                if found is not backend:
+                    backend = found if backend is None and found is not None else self._backend(x, backend)
+                kind, dtype = this, x.dtype if dtype is None else dtype
             if x.dtype is not dtype:
                 alike = False
         if backend is None:
@@ -164,7 +162,7 @@ class Op:
         try:
             if self.promotes and not (alike and dtype is backend.usual_float):
                 arrays = backend.promote(arrays, self.floating)
-            if self.observers or self.implementations:
+            if OBSERVERS or self.implementations:
                 out = self._attached(backend, arrays, attributes)
             elif attributes:
                 out = self.function(backend, *arrays, **attributes)
@@ -199,7 +197,7 @@ class Op:
     def _attached(self, backend: Backend, arrays: list, attributes: dict) -> Any:
         faster = (f for when, f in self.implementations.get(backend.name, ()) if when(*arrays, **attributes))
         proceed = partial(next(faster, self.function), backend, *arrays, **attributes)
-        for observer in self.observers:
+        for observer in OBSERVERS:
             proceed = partial(observer, self, arrays, attributes, proceed)
         return proceed()
 
@@ -254,6 +252,7 @@ def op(function: Callable | None = None, *, dtypes: str | None = None) -> Any:
 # functions by which a later module attaches itself.
 
 # %%
+OBSERVERS: list[Callable] = []
 new = object.__new__  # skips __init__, which would look at what it is given
 NUMBERS = frozenset((bool, int, float, type(None)))  # None: an input that is left out
 
@@ -272,11 +271,11 @@ def _wrap_other(out: Any, backend: Backend) -> Any:
 @contextmanager
 def observe(observer: Callable[[Op, list, dict, Callable], Any]) -> Iterator[None]:
     """Have `observer(op, arrays, attributes, proceed)` around every call; it returns what `proceed()` returns."""
-    Op.observers.append(observer)
+    OBSERVERS.append(observer)
     try:
         yield
     finally:
-        Op.observers.remove(observer)
+        OBSERVERS.remove(observer)
 
 
 def attach_recorder(recorder: Any) -> None:

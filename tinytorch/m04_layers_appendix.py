@@ -228,6 +228,7 @@ def save(tensors: Mapping[str, Any], path: str | os.PathLike, metadata: Mapping[
             raise TypeError(f"save: metadata is text by name, not {name!r}: {value!r:.60}")
     header, payload = _split(serialize({name: _host_array(name, x) for name, x in tensors.items()}, texts))
     header = {name: header[name] for name in ("__metadata__", *tensors)}  # the library sorts them; we keep the order
+    header["__metadata__"] = dict(sorted(header["__metadata__"].items()))  # the same content, the same bytes
     header["__metadata__"][CHECKSUM] = _checksum(header, payload)
     text = json.dumps(header).encode()
     text += b" " * (-len(text) % 8)  # the numbers start at a multiple of 8

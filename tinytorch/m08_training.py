@@ -263,8 +263,8 @@ def test_scaler_skips_overflow_and_grows() -> None:
 # %% [markdown]
 # ### Callbacks
 # What different users want between steps differs: a bar, a log, an early end, a file. The trainer calls each of its
-# callbacks at six moments; what a callback must remember stands in its `state_dict`, which is saved with the run. The
-# appendix has ProgressBar, Checkpointing, EarlyStopping, History and others.
+# callbacks at six moments; what one must remember stands in its `state_dict`, which is saved with the run. The appendix
+# has ProgressBar, Checkpointing, EarlyStopping, History and others.
 
 
 # %%
@@ -388,10 +388,9 @@ def _read_checkpoint(path: Path) -> dict[str, Any]:
 
 # %% [markdown]
 # ### The trainer
-# Read `_learn` and `_step` first: they are training. Everything around them is care. The loss is looked at *before*
-# backward, while the weights are still good. `_remaining` finds the place in the data again: a loader that knows its
-# place is told; of any other, as many batches are skipped as were used, after putting the random generators back to
-# where they were at the epoch's start, so that it shuffles as it did.
+# Read `_learn` and `_step` first: they are training, the rest is care. The loss is looked at while the weights are
+# still good. `_remaining` finds the place in the data again: a loader that knows its place is told; of any other, as
+# many batches are skipped as were used, with the random generators as at the epoch's start, so that it shuffles alike.
 
 
 # %%
@@ -452,7 +451,7 @@ class Trainer:
         if precision not in ("float32", "mixed") or (scaler is not None and precision != "mixed"):
             raise ValueError(f"Trainer: precision is 'float32', or 'mixed', which takes a scaler; not {precision!r}")
         if precision == "mixed" and scaler is None and self.device.type != "cuda":
-            raise ValueError(f"Trainer: precision='mixed' is for CUDA. On {self.device!s} float16 is slower than float32; "
+            raise ValueError(f"Trainer: precision='mixed' is for CUDA. On {self.device!s} float16 is slower; "
                              "leave it out, or pass scaler=GradScaler() to try it all the same")  # fmt: skip
 
     # -- training ----------------------------------------------------------------------------------------------------
@@ -874,8 +873,7 @@ def test_a_resumed_run_ends_with_the_same_bits() -> None:
 # %% [markdown]
 # ## Thinking questions
 #
-# 1. A checkpoint of a model trained with Adam is three times the size of its weights. Which parts could be left out or
-#    stored smaller, and what would each cost when the run is resumed?
+# 1. A checkpoint of an Adam run is three times the size of its weights. What could be left out, and at what cost?
 # 2. From the table: at which batch size does doubling it no longer nearly double the examples a second? Why there?
 # 3. A checkpoint takes 2 seconds to write, and a machine fails once in 10 hours. How often should it be written?
 # 4. Accumulation gives the gradient of a big batch. With which layers of later modules would it not?

@@ -324,7 +324,8 @@ class LearningRateLog(Callback):
 class ProgressBar(Callback):
     """Shows where training is: a bar with loss, metrics, items a second and the time that is left of the epoch.
 
-    A line for each epoch stays. Where there is no terminal, these lines are all there is.
+    A line for each epoch stays, with training and validation as "loss 0.31/0.35". Where there is no terminal, these
+    lines are all there is.
 
     Args:
         console: where to print; by default standard output.
@@ -374,8 +375,7 @@ class ProgressBar(Callback):
     def on_epoch_end(self, trainer: Trainer) -> None:
         rate, taken, row = self._rate(), time.perf_counter() - self.started, dict(trainer.history[-1])
         self._close()
-        columns = {name: value for name, value in row.items() if name not in ("epoch", "lr")}
-        text = f"epoch {row['epoch']}/{trainer.epochs}  {_summary(columns)}  {rate:,.0f}/s  {taken:.1f} s"
+        text = f"epoch {row['epoch']}/{trainer.epochs}  {_summary(row)}  {rate:,.0f}/s  {taken:.1f} s"
         if self.console is not None:
             self.console.print(text, markup=False)
 
@@ -391,6 +391,8 @@ class ProgressBar(Callback):
             self.bar = None
 
 
-def _summary(values: Mapping[str, float], limit: int | None = None) -> str:
-    """Names and values in a few characters: "loss 0.412  accuracy 0.913"."""
-    return "  ".join(f"{name} {value:.4g}" for name, value in list(values.items())[:limit])
+def _summary(row: Mapping[str, float], limit: int | None = None) -> str:
+    """Names and values, training and validation, in a few characters: "loss 0.412/0.45  accuracy 0.913/0.9"."""
+    names = [name for name in row if name not in ("epoch", "lr") and not name.startswith("val_")]
+    pairs = [(name, [row[key] for key in (name, f"val_{name}") if key in row]) for name in names[:limit]]
+    return "  ".join(f"{name} {'/'.join(f'{value:.4g}' for value in values)}" for name, values in pairs)

@@ -179,8 +179,9 @@ def modules(count: int | Exception = 2) -> dict[str, types.ModuleType]:
 
     cupy.add.at = add_at
     cupy.ndarray, cupy.asarray, cupy.array, cupy.asnumpy = ndarray, asarray, array, lambda x: x.get()
-    cupy.lib = types.SimpleNamespace(stride_tricks=types.SimpleNamespace(
-        sliding_window_view=lifted(np.lib.stride_tricks.sliding_window_view)))  # fmt: skip
+    cupy.lib = types.SimpleNamespace(
+        stride_tricks=types.SimpleNamespace(sliding_window_view=lifted(np.lib.stride_tricks.sliding_window_view))
+    )
     cupy.random = types.SimpleNamespace(Generator=Generator, Philox4x3210=Philox4x3210)
     cupy.get_default_memory_pool = lambda: types.SimpleNamespace(total_bytes=lambda: 4096)
     cupy.cuda = types.ModuleType("cupy.cuda")

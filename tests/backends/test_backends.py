@@ -105,9 +105,18 @@ def test_numbers_alone_stay_numbers(xp: Backend) -> None:
 # -- indexing ----------------------------------------------------------------------------------------------------------
 
 INDICES = [
-    1, (slice(None), -1), slice(None, None, -1), (..., None, 0), [0, 2, 2], (np.array([[0], [3]]), np.array([1, 2])),
-    (slice(1, 3), np.array([2, 0])), np.array([True, False, True, True]), np.ones((4, 3), dtype=bool), slice(2, 99), (),
-]  # fmt: skip
+    1,
+    (slice(None), -1),
+    slice(None, None, -1),
+    (..., None, 0),
+    [0, 2, 2],
+    (np.array([[0], [3]]), np.array([1, 2])),
+    (slice(1, 3), np.array([2, 0])),
+    np.array([True, False, True, True]),
+    np.ones((4, 3), dtype=bool),
+    slice(2, 99),
+    (),
+]
 
 
 @pytest.mark.parametrize("index", INDICES, ids=str)
@@ -191,8 +200,17 @@ def test_sliding_windows(xp: Backend, shape: tuple, size: tuple, stride: tuple, 
 
 
 def drawn(xp: Backend) -> list:
-    return [back(xp, y).tolist() for y in (
-        xp.random((3,)), xp.random((2,), "float64"), xp.normal((2, 2)), xp.normal((2,), "float64"), xp.integers(-5, 5, (4,)), xp.permutation(6))]  # fmt: skip
+    return [
+        back(xp, y).tolist()
+        for y in (
+            xp.random((3,)),
+            xp.random((2,), "float64"),
+            xp.normal((2, 2)),
+            xp.normal((2,), "float64"),
+            xp.integers(-5, 5, (4,)),
+            xp.permutation(6),
+        )
+    ]
 
 
 def test_the_state_goes_through_json(xp: Backend) -> None:
@@ -297,7 +315,10 @@ def test_text(xp: Backend) -> None:
 
 
 def test_only_what_is_asked_for_is_imported() -> None:
-    code = "import sys, tinytorch.backends as b; b.get_backend('cpu'); print({'cupy', 'torch', 'array_api_strict'} & set(sys.modules))"
+    code = (
+        "import sys, tinytorch.backends as b; b.get_backend('cpu'); "
+        "print({'cupy', 'torch', 'array_api_strict'} & set(sys.modules))"
+    )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "set()"
     assert backends.BY_DEVICE["cpu"].name == "numpy"

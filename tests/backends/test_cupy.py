@@ -37,11 +37,24 @@ def test_one_backend_for_each_device() -> None:
     assert backend_of(b) is second
 
 
-@pytest.mark.parametrize("creation", [
-    lambda xp: xp.zeros((2,)), lambda xp: xp.ones((2,)), lambda xp: xp.full((2,), 3.0), lambda xp: xp.empty((2,)), lambda xp: xp.eye(2),
-    lambda xp: xp.arange(3), lambda xp: xp.linspace(0, 1, 3), lambda xp: xp.asarray([1.0]), lambda xp: xp.from_numpy(np.ones(2)),
-    lambda xp: xp.random((3,)), lambda xp: xp.normal((3,)), lambda xp: xp.integers(0, 5, (3,)), lambda xp: xp.permutation(3),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "creation",
+    [
+        lambda xp: xp.zeros((2,)),
+        lambda xp: xp.ones((2,)),
+        lambda xp: xp.full((2,), 3.0),
+        lambda xp: xp.empty((2,)),
+        lambda xp: xp.eye(2),
+        lambda xp: xp.arange(3),
+        lambda xp: xp.linspace(0, 1, 3),
+        lambda xp: xp.asarray([1.0]),
+        lambda xp: xp.from_numpy(np.ones(2)),
+        lambda xp: xp.random((3,)),
+        lambda xp: xp.normal((3,)),
+        lambda xp: xp.integers(0, 5, (3,)),
+        lambda xp: xp.permutation(3),
+    ],
+)
 def test_what_is_created_lies_on_its_device(creation) -> None:
     assert creation(get_backend("cuda:1")).device.id == 1
     assert fake_cupy.current == [0]

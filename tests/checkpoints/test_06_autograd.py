@@ -17,7 +17,7 @@ from tinytorch.m06_autograd import grad, no_grad
 def test_a_network_learns_a_spiral() -> None:
     manual_seed(1)
     angle = np.linspace(0.5, 2.5 * math.pi, 60)
-    arm = np.stack([angle * np.cos(angle), angle * np.sin(angle)], 1) / 8
+    arm = np.stack([angle * np.cos(angle), angle * np.sin(angle)], 1) / 3
     points = tensor(np.concatenate([arm, -arm]), dtype="float32")
     labels = tensor([0] * 60 + [1] * 60)
     model = Sequential(Linear(2, 32), tanh, Linear(32, 32), tanh, Linear(32, 2))

@@ -81,7 +81,7 @@ def test_operators_in_place(device: str) -> None:
         (lambda: t.ones(3).__setitem__(slice(0, 2), t.ones(3)), ValueError, r"index_put: .*\(3,\)"),
         (lambda: t.tensor([1, 2]).__setitem__(0, t.tensor(0.5)), TypeError, "cannot be written into"),
     ],
-)  # fmt: skip
+)
 def test_in_place_errors(change: Any, error: type, words: str, device: str) -> None:
     with pytest.raises(error, match=f"(?s){words}"):
         change()
@@ -245,9 +245,14 @@ def test_numpy_on_the_left_gives_a_tensor(operation: str) -> None:
     array, x = RNG.uniform(1, 2, (2, 2)), RNG.uniform(1, 2, (2, 2))
     out = getattr(np.ndarray, operation)(array, t.tensor(x))
     if out is NotImplemented:
-        out = {"__add__": lambda: array + t.tensor(x), "__sub__": lambda: array - t.tensor(x),
-               "__mul__": lambda: array * t.tensor(x), "__truediv__": lambda: array / t.tensor(x),
-               "__pow__": lambda: array ** t.tensor(x), "__matmul__": lambda: array @ t.tensor(x)}[operation]()  # fmt: skip
+        out = {
+            "__add__": lambda: array + t.tensor(x),
+            "__sub__": lambda: array - t.tensor(x),
+            "__mul__": lambda: array * t.tensor(x),
+            "__truediv__": lambda: array / t.tensor(x),
+            "__pow__": lambda: array ** t.tensor(x),
+            "__matmul__": lambda: array @ t.tensor(x),
+        }[operation]()
     assert isinstance(out, Tensor)
     assert_close(out, getattr(array, operation)(x))
 
@@ -453,7 +458,7 @@ def test_an_implementation_stands_in_where_its_condition_holds() -> None:
 
 
 def test_a_number_that_does_not_fit_is_an_error_of_the_operation(device: str) -> None:
-    with pytest.raises(ValueError, match="add: .*int8"):
+    with pytest.raises(ValueError, match=r"add: .*int8"):
         t.tensor([1], dtype="int8") + 200
 
 

@@ -730,7 +730,8 @@ def test_without_a_terminal_each_epoch_is_a_line() -> None:
     lines = console.file.getvalue().splitlines()
     assert len(lines) == 2
     for number, (line, row) in enumerate(zip(lines, rows, strict=True), 1):
-        values = "  ".join(f"{name} {row[name]:.4g}" for name in ("loss", "accuracy", "val_loss", "val_accuracy"))
+        values = "  ".join(f"{name} {row[name]:.4g}/{row[f'val_{name}']:.4g}" for name in ("loss", "accuracy"))
+        assert len(line) <= 80
         assert re.fullmatch(rf"epoch {number}/2  {re.escape(values)}  [\d,]+/s  \d+\.\d s", line)
 
 

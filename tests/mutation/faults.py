@@ -10,19 +10,19 @@ ROOT = Path(__file__).resolve().parents[2]
 # The tests of each floor, quickest first; patterns, because a floor's tests may lie in more than one file.
 CHAPTER_TESTS = {
     "01": ("tinytorch/m01_setup.py", "tests/checkpoints/test_01_*.py"),
-    "02": ("tinytorch/m02_tensor.py", "tests/modules/test_tensor*.py", "tests/checkpoints/test_02_*.py", "tests/ops"),
-    "03": ("tinytorch/m03_*.py", "tests/modules/test_activations*.py", "tests/checkpoints/test_03_*.py", "tests/ops"),
+    "02": ("tinytorch/m02_tensor.py", "tests/modules/test_tensor*.py", "tests/checkpoints/test_02_*.py"),
+    "03": ("tinytorch/m03_*.py", "tests/modules/test_activations*.py", "tests/checkpoints/test_03_*.py"),
     "04": (
         "tinytorch/m04_*.py",
         "tests/modules/test_layers*.py",
         "tests/modules/test_save_load*.py",
         "tests/checkpoints/test_04_*.py",
     ),
-    "05": ("tinytorch/m05_*.py", "tests/modules/test_losses*.py", "tests/checkpoints/test_05_*.py", "tests/ops"),
-    "06": ("tinytorch/m06_*.py", "tests/modules/test_autograd*.py", "tests/checkpoints/test_06_*.py", "tests/ops"),
+    "05": ("tinytorch/m05_*.py", "tests/modules/test_losses*.py", "tests/checkpoints/test_05_*.py"),
+    "06": ("tinytorch/m06_*.py", "tests/modules/test_autograd*.py", "tests/checkpoints/test_06_*.py"),
     "07": ("tinytorch/m07_*.py", "tests/modules/test_optimizers*.py", "tests/checkpoints/test_07_*.py"),
     "08": ("tinytorch/m08_*.py", "tests/modules/test_training*.py", "tests/checkpoints/test_08_*.py"),
-    "backends": ("tests/backends", "tests/modules/test_tensor*.py", "tests/modules/test_autograd*.py", "tests/ops"),
+    "backends": ("tests/backends", "tests/modules/test_tensor*.py", "tests/modules/test_autograd*.py"),
 }
 
 

@@ -345,9 +345,12 @@ def clamps(rng: Generator) -> Iterator[Case]:
 
 
 row(
-    "clamp", t.clamp, lambda x, min=None, max=None: np.clip(x, min, max), clamps,
+    "clamp",
+    t.clamp,
+    lambda x, min=None, max=None: np.clip(x, min, max),
+    clamps,
     bad=[bad(lambda: t.clamp(t.ones(2)), ValueError, "clamp: expected min, max or both")],
-)  # fmt: skip
+)
 
 
 def choices(rng: Generator) -> Iterator[Case]:
@@ -358,9 +361,13 @@ def choices(rng: Generator) -> Iterator[Case]:
 
 
 row(
-    "where", t.where, np.where, choices, (1, 2),
+    "where",
+    t.where,
+    np.where,
+    choices,
+    (1, 2),
     bad=[bad(lambda: t.where(t.ones(3) > 0, t.ones(2), 0), ValueError, r"where: .*\(3,\).*\(2,\)")],
-)  # fmt: skip
+)
 
 row("square", t.square, np.square, unary(), integers=True)
 row("reciprocal", t.reciprocal, np.reciprocal, unary(off_zero))
@@ -402,16 +409,51 @@ row(
     integers=True,
     bad=[no_such_axis("mean")],
 )
-row("prod", t.prod, numpy_reduction(np.prod), reductions(EMPTY_INPUT, draw=off_zero, tuples=False), result="total", integers=True,
-    bad=[no_such_axis("prod")])  # fmt: skip
-row("amax", t.amax, numpy_reduction(np.max), reductions(EMPTY_RESULT, draw=distinct), integers=True,
-    bad=[no_such_axis("amax"), of_nothing("amax")])  # fmt: skip
-row("amin", t.amin, numpy_reduction(np.min), reductions(EMPTY_RESULT, draw=distinct), integers=True,
-    bad=[no_such_axis("amin"), of_nothing("amin")])  # fmt: skip
-row("argmax", t.argmax, numpy_reduction(np.argmax), reductions(EMPTY_RESULT, draw=distinct, tuples=False), (), "int64",
-    integers=True, bad=[no_such_axis("argmax"), of_nothing("argmax")])  # fmt: skip
-row("argmin", t.argmin, numpy_reduction(np.argmin), reductions(EMPTY_RESULT, draw=distinct, tuples=False), (), "int64",
-    integers=True, bad=[no_such_axis("argmin"), of_nothing("argmin")])  # fmt: skip
+row(
+    "prod",
+    t.prod,
+    numpy_reduction(np.prod),
+    reductions(EMPTY_INPUT, draw=off_zero, tuples=False),
+    result="total",
+    integers=True,
+    bad=[no_such_axis("prod")],
+)
+row(
+    "amax",
+    t.amax,
+    numpy_reduction(np.max),
+    reductions(EMPTY_RESULT, draw=distinct),
+    integers=True,
+    bad=[no_such_axis("amax"), of_nothing("amax")],
+)
+row(
+    "amin",
+    t.amin,
+    numpy_reduction(np.min),
+    reductions(EMPTY_RESULT, draw=distinct),
+    integers=True,
+    bad=[no_such_axis("amin"), of_nothing("amin")],
+)
+row(
+    "argmax",
+    t.argmax,
+    numpy_reduction(np.argmax),
+    reductions(EMPTY_RESULT, draw=distinct, tuples=False),
+    (),
+    "int64",
+    integers=True,
+    bad=[no_such_axis("argmax"), of_nothing("argmax")],
+)
+row(
+    "argmin",
+    t.argmin,
+    numpy_reduction(np.argmin),
+    reductions(EMPTY_RESULT, draw=distinct, tuples=False),
+    (),
+    "int64",
+    integers=True,
+    bad=[no_such_axis("argmin"), of_nothing("argmin")],
+)
 row("any", t.any, numpy_reduction(np.any), reductions(EMPTY_INPUT, draw=logical), (), "bool", bad=[no_such_axis("any")])
 row("all", t.all, numpy_reduction(np.all), reductions(EMPTY_INPUT, draw=logical), (), "bool", bad=[no_such_axis("all")])
 
@@ -447,8 +489,15 @@ def with_dim(rng: Generator) -> Iterator[Case]:
 
 
 row("logsumexp", t.logsumexp, numpy_logsumexp, with_dim, result="float", integers=True, bad=[no_such_axis("logsumexp")])
-row("cumsum", t.cumsum, lambda x, dim: np.cumsum(x, axis=dim), one_axis(((0, 2), 0)), result="total", integers=True,
-    bad=[no_such_axis("cumsum")])  # fmt: skip
+row(
+    "cumsum",
+    t.cumsum,
+    lambda x, dim: np.cumsum(x, axis=dim),
+    one_axis(((0, 2), 0)),
+    result="total",
+    integers=True,
+    bad=[no_such_axis("cumsum")],
+)
 
 
 def numpy_norm(x: np.ndarray, p: float = 2, dim: Any = None, keepdim: bool = False) -> np.ndarray:
@@ -477,12 +526,20 @@ row(
     bad=[no_such_axis("vector_norm")],
 )
 row("norm", t.norm, numpy_norm, norms)
-row("max", lambda x, dim, keepdim=False: t.max(x, dim, keepdim),
+row(
+    "max",
+    lambda x, dim, keepdim=False: t.max(x, dim, keepdim),
     lambda x, dim, keepdim=False: (x.max(dim, keepdims=keepdim), x.argmax(dim, keepdims=keepdim)),
-    one_axis(((2, 2), 1), draw=distinct), result="with int64")  # fmt: skip
-row("min", lambda x, dim, keepdim=False: t.min(x, dim, keepdim),
+    one_axis(((2, 2), 1), draw=distinct),
+    result="with int64",
+)
+row(
+    "min",
+    lambda x, dim, keepdim=False: t.min(x, dim, keepdim),
     lambda x, dim, keepdim=False: (x.min(dim, keepdims=keepdim), x.argmin(dim, keepdims=keepdim)),
-    one_axis(((2, 2), 1), draw=distinct), result="with int64")  # fmt: skip
+    one_axis(((2, 2), 1), draw=distinct),
+    result="with int64",
+)
 
 # -- shape -------------------------------------------------------------------------------------------------------------
 
@@ -492,30 +549,61 @@ def shaped(*pairs: tuple, **always: Any) -> Callable:
 
 
 row(
-    "reshape", t.reshape, lambda x, shape: x.reshape(shape),
-    shaped(((2, 3), {"shape": (3, 2)}), ((2, 3), {"shape": (-1,)}), ((), {"shape": (1, 1)}), ((0, 3), {"shape": (3, 0)}),
-           ((1,), {"shape": ()})),
+    "reshape",
+    t.reshape,
+    lambda x, shape: x.reshape(shape),
+    shaped(
+        ((2, 3), {"shape": (3, 2)}),
+        ((2, 3), {"shape": (-1,)}),
+        ((), {"shape": (1, 1)}),
+        ((0, 3), {"shape": (3, 0)}),
+        ((1,), {"shape": ()}),
+    ),
     bad=[bad(lambda: t.ones(2, 3).reshape(4, 2), ValueError, r"reshape: .*\(2, 3\)")],
-)  # fmt: skip
+)
 row(
-    "permute", t.permute, lambda x, dims: x.transpose(dims),
-    shaped(((2, 3), {"dims": (1, 0)}), ((2, 1, 3), {"dims": (2, 0, 1)}), ((2, 3, 1), {"dims": (-1, 0, 1)}), ((), {"dims": ()})),
+    "permute",
+    t.permute,
+    lambda x, dims: x.transpose(dims),
+    shaped(
+        ((2, 3), {"dims": (1, 0)}),
+        ((2, 1, 3), {"dims": (2, 0, 1)}),
+        ((2, 3, 1), {"dims": (-1, 0, 1)}),
+        ((), {"dims": ()}),
+    ),
     bad=[bad(lambda: t.ones(2, 3).permute(0, 0), (ValueError, IndexError), r"permute: .*\(2, 3\)")],
-)  # fmt: skip
+)
 row(
-    "expand", lambda x, shape: x.expand(shape),
-    lambda x, shape: np.broadcast_to(x, [m if n == -1 else n for n, m in zip(shape, (1,) * (len(shape) - x.ndim) + x.shape, strict=True)]),
-    shaped(((1, 3), {"shape": (2, 3)}), ((2, 1), {"shape": (3, -1, 2)}), ((), {"shape": (2, 2)}), ((1,), {"shape": (0,)})),
+    "expand",
+    lambda x, shape: x.expand(shape),
+    lambda x, shape: np.broadcast_to(
+        x, [m if n == -1 else n for n, m in zip(shape, (1,) * (len(shape) - x.ndim) + x.shape, strict=True)]
+    ),
+    shaped(
+        ((1, 3), {"shape": (2, 3)}), ((2, 1), {"shape": (3, -1, 2)}), ((), {"shape": (2, 2)}), ((1,), {"shape": (0,)})
+    ),
     bad=[bad(lambda: t.ones(2, 3).expand(2, 4), ValueError, r"expand: .*\(2, 3\)")],
-)  # fmt: skip
+)
 
 
 def indexings(rng: Generator) -> Iterator[Case]:
     for index in (
-        1, -1, (0, 2), slice(None, None, 2), slice(3, 0, -1), (..., 0), (None, 1), (slice(None), None, slice(1, 3)), ...,
-        np.array([0, 2, 2]), (np.array([[0], [3]]), np.array([0, 0, 2])), (slice(None), np.array([2, 0])),
-        (np.array([1, 1]), ..., 0), np.array([], dtype=np.int64), np.array(2),
-    ):  # fmt: skip
+        1,
+        -1,
+        (0, 2),
+        slice(None, None, 2),
+        slice(3, 0, -1),
+        (..., 0),
+        (None, 1),
+        (slice(None), None, slice(1, 3)),
+        ...,
+        np.array([0, 2, 2]),
+        (np.array([[0], [3]]), np.array([0, 0, 2])),
+        (slice(None), np.array([2, 0])),
+        (np.array([1, 1]), ..., 0),
+        np.array([], dtype=np.int64),
+        np.array(2),
+    ):
         yield case(normal(rng, (4, 3)), index=index)
     yield case(normal(rng, (3, 2)), index=logical(rng, (3, 2)))
     yield case(normal(rng, (3, 2)), index=np.array([True, False, True]))
@@ -526,12 +614,17 @@ def indexings(rng: Generator) -> Iterator[Case]:
 
 
 row(
-    "getitem", lambda x, index: x[index], lambda x, index: x[index], indexings,
-    bad=[bad(lambda: t.ones(2, 3)[2], IndexError, r"getitem: .*\(2, 3\)"),
-         bad(lambda: t.ones(2, 3)[0, 0, 0], IndexError, r"getitem: .*\(2, 3\)"),
-         bad(lambda: t.ones(2, 3)[t.tensor([0, 5])], IndexError, r"getitem: .*\(2, 3\)"),
-         bad(lambda: t.ones(2, 3)[t.tensor([True, False, True])], IndexError, r"getitem: .*\(2, 3\)")],
-)  # fmt: skip
+    "getitem",
+    lambda x, index: x[index],
+    lambda x, index: x[index],
+    indexings,
+    bad=[
+        bad(lambda: t.ones(2, 3)[2], IndexError, r"getitem: .*\(2, 3\)"),
+        bad(lambda: t.ones(2, 3)[0, 0, 0], IndexError, r"getitem: .*\(2, 3\)"),
+        bad(lambda: t.ones(2, 3)[t.tensor([0, 5])], IndexError, r"getitem: .*\(2, 3\)"),
+        bad(lambda: t.ones(2, 3)[t.tensor([True, False, True])], IndexError, r"getitem: .*\(2, 3\)"),
+    ],
+)
 
 
 def pieces(rng: Generator) -> Iterator[Case]:
@@ -542,11 +635,16 @@ def pieces(rng: Generator) -> Iterator[Case]:
 
 
 row(
-    "concatenate", lambda *tensors, dim=0: t.cat(tensors, dim), lambda *arrays, dim=0: np.concatenate(arrays, dim), pieces,
+    "concatenate",
+    lambda *tensors, dim=0: t.cat(tensors, dim),
+    lambda *arrays, dim=0: np.concatenate(arrays, dim),
+    pieces,
     (0, 1, 2),
-    bad=[bad(lambda: t.cat([t.ones(2, 3), t.ones(2, 4)]), ValueError, r"concatenate: .*\(2, 3\).*\(2, 4\)"),
-         bad(lambda: t.cat([]), ValueError, "cat: expected at least one tensor")],
-)  # fmt: skip
+    bad=[
+        bad(lambda: t.cat([t.ones(2, 3), t.ones(2, 4)]), ValueError, r"concatenate: .*\(2, 3\).*\(2, 4\)"),
+        bad(lambda: t.cat([]), ValueError, "cat: expected at least one tensor"),
+    ],
+)
 
 
 def equals(rng: Generator) -> Iterator[Case]:
@@ -555,27 +653,69 @@ def equals(rng: Generator) -> Iterator[Case]:
 
 
 row("stack", lambda *tensors, dim: t.stack(tensors, dim), lambda *arrays, dim: np.stack(arrays, dim), equals, (0, 1, 2))
-row("transpose", t.transpose, lambda x, dim0, dim1: np.swapaxes(x, dim0, dim1),
-    shaped(((2, 3), {"dim0": 0, "dim1": 1}), ((2, 3, 1), {"dim0": -1, "dim1": 0})))  # fmt: skip
-row("unsqueeze", t.unsqueeze, lambda x, dim: np.expand_dims(x, dim),
-    shaped(((2, 3), {"dim": 0}), ((2, 3), {"dim": -1}), ((2, 3), {"dim": 1}), ((), {"dim": 0})))  # fmt: skip
-row("squeeze", t.squeeze, lambda x, dim=None: np.squeeze(x, dim),
-    shaped(((2, 1, 3), {}), ((2, 1, 3), {"dim": 1}), ((1, 2, 1), {"dim": -1}), ((1, 2, 1), {"dim": (0, 2)}), ((1, 1), {})))  # fmt: skip
-row("flatten", t.flatten,
-    lambda x, start_dim=0, end_dim=-1: x.reshape(*x.shape[:start_dim], -1, *x.shape[x.ndim if end_dim == -1 else end_dim + 1 :]),
-    shaped(((2, 3), {}), ((2, 1, 3), {"start_dim": 1}), ((2, 1, 3), {"start_dim": 0, "end_dim": 1}), ((), {})))  # fmt: skip
-row("unflatten", t.unflatten, lambda x, dim, sizes: x.reshape(*x.shape[: dim % x.ndim], *sizes, *x.shape[dim % x.ndim + 1 :]),
-    shaped(((6, 2), {"dim": 0, "sizes": (2, 3)}), ((2, 4), {"dim": -1, "sizes": (2, 2)})))  # fmt: skip
-row("movedim", t.movedim, lambda x, source, destination: np.moveaxis(x, source, destination),
-    shaped(((2, 3, 1), {"source": 0, "destination": -1}), ((2, 3, 1), {"source": -1, "destination": 0}),
-           ((2, 3, 1), {"source": 1, "destination": 1})))  # fmt: skip
-row("flip", t.flip, lambda x, dims: np.flip(x, dims),
+row(
+    "transpose",
+    t.transpose,
+    lambda x, dim0, dim1: np.swapaxes(x, dim0, dim1),
+    shaped(((2, 3), {"dim0": 0, "dim1": 1}), ((2, 3, 1), {"dim0": -1, "dim1": 0})),
+)
+row(
+    "unsqueeze",
+    t.unsqueeze,
+    lambda x, dim: np.expand_dims(x, dim),
+    shaped(((2, 3), {"dim": 0}), ((2, 3), {"dim": -1}), ((2, 3), {"dim": 1}), ((), {"dim": 0})),
+)
+row(
+    "squeeze",
+    t.squeeze,
+    lambda x, dim=None: np.squeeze(x, dim),
+    shaped(
+        ((2, 1, 3), {}), ((2, 1, 3), {"dim": 1}), ((1, 2, 1), {"dim": -1}), ((1, 2, 1), {"dim": (0, 2)}), ((1, 1), {})
+    ),
+)
+row(
+    "flatten",
+    t.flatten,
+    lambda x, start_dim=0, end_dim=-1: x.reshape(
+        *x.shape[:start_dim], -1, *x.shape[x.ndim if end_dim == -1 else end_dim + 1 :]
+    ),
+    shaped(((2, 3), {}), ((2, 1, 3), {"start_dim": 1}), ((2, 1, 3), {"start_dim": 0, "end_dim": 1}), ((), {})),
+)
+row(
+    "unflatten",
+    t.unflatten,
+    lambda x, dim, sizes: x.reshape(*x.shape[: dim % x.ndim], *sizes, *x.shape[dim % x.ndim + 1 :]),
+    shaped(((6, 2), {"dim": 0, "sizes": (2, 3)}), ((2, 4), {"dim": -1, "sizes": (2, 2)})),
+)
+row(
+    "movedim",
+    t.movedim,
+    lambda x, source, destination: np.moveaxis(x, source, destination),
+    shaped(
+        ((2, 3, 1), {"source": 0, "destination": -1}),
+        ((2, 3, 1), {"source": -1, "destination": 0}),
+        ((2, 3, 1), {"source": 1, "destination": 1}),
+    ),
+)
+row(
+    "flip",
+    t.flip,
+    lambda x, dims: np.flip(x, dims),
     shaped(((2, 3), {"dims": 0}), ((2, 3), {"dims": (0, -1)}), ((0, 2), {"dims": (1,)}), ((4,), {"dims": [0]})),
-    bad=[bad(lambda: t.flip(t.ones(2, 3), 2), (ValueError, IndexError), r"flip: .*\(2, 3\)")])  # fmt: skip
-row("roll", t.roll, lambda x, shifts, dims=None: np.roll(x, shifts, dims),
-    shaped(((2, 3), {"shifts": 1}), ((2, 3), {"shifts": -2, "dims": 1}), ((2, 3), {"shifts": (1, 4), "dims": (0, 1)}),
-           ((0, 2), {"shifts": 1, "dims": 0})),
-    bad=[bad(lambda: t.roll(t.ones(2, 3), 1, 2), (ValueError, IndexError), r"roll: .*\(2, 3\)")])  # fmt: skip
+    bad=[bad(lambda: t.flip(t.ones(2, 3), 2), (ValueError, IndexError), r"flip: .*\(2, 3\)")],
+)
+row(
+    "roll",
+    t.roll,
+    lambda x, shifts, dims=None: np.roll(x, shifts, dims),
+    shaped(
+        ((2, 3), {"shifts": 1}),
+        ((2, 3), {"shifts": -2, "dims": 1}),
+        ((2, 3), {"shifts": (1, 4), "dims": (0, 1)}),
+        ((0, 2), {"shifts": 1, "dims": 0}),
+    ),
+    bad=[bad(lambda: t.roll(t.ones(2, 3), 1, 2), (ValueError, IndexError), r"roll: .*\(2, 3\)")],
+)
 
 
 def numpy_pad(x: np.ndarray, pad: Sequence[int], value: float = 0.0) -> np.ndarray:
@@ -583,12 +723,22 @@ def numpy_pad(x: np.ndarray, pad: Sequence[int], value: float = 0.0) -> np.ndarr
     return np.pad(x, pairs, constant_values=value)
 
 
-row("pad", F.pad, numpy_pad,
-    shaped(((2, 3), {"pad": (1, 2)}), ((2, 3), {"pad": (0, 1, 2, 0), "value": 1.5}), ((0, 2), {"pad": (0, 0, 1, 1)}),
-           ((2, 1, 2), {"pad": (1, 1), "value": -1.0})),
-    bad=[bad(lambda: F.pad(t.ones(2, 3), (1,)), ValueError, "pad: expected a pair for each"),
-         bad(lambda: F.pad(t.ones(3), (1, 1, 1, 1)), ValueError, "pad: expected a pair for each of at most 1"),
-         bad(lambda: F.pad(t.ones(3), (1, -1)), ValueError, "pad: expected lengths >= 0")])  # fmt: skip
+row(
+    "pad",
+    F.pad,
+    numpy_pad,
+    shaped(
+        ((2, 3), {"pad": (1, 2)}),
+        ((2, 3), {"pad": (0, 1, 2, 0), "value": 1.5}),
+        ((0, 2), {"pad": (0, 0, 1, 1)}),
+        ((2, 1, 2), {"pad": (1, 1), "value": -1.0}),
+    ),
+    bad=[
+        bad(lambda: F.pad(t.ones(2, 3), (1,)), ValueError, "pad: expected a pair for each"),
+        bad(lambda: F.pad(t.ones(3), (1, 1, 1, 1)), ValueError, "pad: expected a pair for each of at most 1"),
+        bad(lambda: F.pad(t.ones(3), (1, -1)), ValueError, "pad: expected lengths >= 0"),
+    ],
+)
 
 
 def numpy_split(x: np.ndarray, split_size: Any, dim: int = 0) -> tuple:
@@ -599,25 +749,57 @@ def numpy_split(x: np.ndarray, split_size: Any, dim: int = 0) -> tuple:
     return tuple(np.split(x, list(stops), dim))
 
 
-row("split", t.split, numpy_split,
-    shaped(((5, 2), {"split_size": 2}), ((2, 4), {"split_size": [1, 3], "dim": 1}), ((2, 4), {"split_size": 4, "dim": -1})),
-    bad=[bad(lambda: t.split(t.ones(4), 0), ValueError, "split: expected a split_size"),
-         bad(lambda: t.split(t.ones(4), [1, 2]), ValueError, r"split: the lengths \[1, 2\] add up to 3")])  # fmt: skip
-row("chunk", t.chunk, lambda x, chunks, dim=0: numpy_split(x, -(-x.shape[dim] // chunks), dim),
+row(
+    "split",
+    t.split,
+    numpy_split,
+    shaped(
+        ((5, 2), {"split_size": 2}), ((2, 4), {"split_size": [1, 3], "dim": 1}), ((2, 4), {"split_size": 4, "dim": -1})
+    ),
+    bad=[
+        bad(lambda: t.split(t.ones(4), 0), ValueError, "split: expected a split_size"),
+        bad(lambda: t.split(t.ones(4), [1, 2]), ValueError, r"split: the lengths \[1, 2\] add up to 3"),
+    ],
+)
+row(
+    "chunk",
+    t.chunk,
+    lambda x, chunks, dim=0: numpy_split(x, -(-x.shape[dim] // chunks), dim),
     shaped(((5, 2), {"chunks": 2}), ((2, 4), {"chunks": 3, "dim": 1}), ((2,), {"chunks": 5})),
-    bad=[bad(lambda: t.chunk(t.ones(4), 0), ValueError, "chunk: expected at least 1")])  # fmt: skip
+    bad=[bad(lambda: t.chunk(t.ones(4), 0), ValueError, "chunk: expected at least 1")],
+)
 row("unbind", t.unbind, lambda x, dim=0: tuple(np.moveaxis(x, dim, 0)), shaped(((2, 3), {}), ((2, 3), {"dim": -1})))
-row("narrow", t.narrow, lambda x, dim, start, length: np.take(x, range(start, start + length), dim),
-    shaped(((4, 2), {"dim": 0, "start": 1, "length": 2}), ((2, 3), {"dim": -1, "start": 0, "length": 2})))  # fmt: skip
-row("repeat", lambda x, sizes: x.repeat(*sizes), lambda x, sizes: np.tile(x, sizes),
+row(
+    "narrow",
+    t.narrow,
+    lambda x, dim, start, length: np.take(x, range(start, start + length), dim),
+    shaped(((4, 2), {"dim": 0, "start": 1, "length": 2}), ((2, 3), {"dim": -1, "start": 0, "length": 2})),
+)
+row(
+    "repeat",
+    lambda x, sizes: x.repeat(*sizes),
+    lambda x, sizes: np.tile(x, sizes),
     shaped(((2, 3), {"sizes": (2, 1)}), ((2, 1), {"sizes": (2, 1, 3)}), ((3,), {"sizes": (0,)}), ((), {"sizes": (2,)})),
-    bad=[bad(lambda: t.ones(2, 2).repeat(3), ValueError, "repeat: expected a count for each of 2 axes")])  # fmt: skip
-row("repeat_interleave", t.repeat_interleave, lambda x, repeats, dim: np.repeat(x, repeats, dim),
-    shaped(((2, 3), {"repeats": 2, "dim": 0}), ((2, 3), {"repeats": 3, "dim": -1})))  # fmt: skip
-row("tril", t.tril, lambda x, diagonal=0: np.tril(x, diagonal),
-    shaped(((3, 3), {}), ((2, 4), {"diagonal": 1}), ((2, 3, 2), {"diagonal": -1})))  # fmt: skip
-row("triu", t.triu, lambda x, diagonal=0: np.triu(x, diagonal),
-    shaped(((3, 3), {}), ((2, 4), {"diagonal": 1}), ((2, 3, 2), {"diagonal": -1})))  # fmt: skip
+    bad=[bad(lambda: t.ones(2, 2).repeat(3), ValueError, "repeat: expected a count for each of 2 axes")],
+)
+row(
+    "repeat_interleave",
+    t.repeat_interleave,
+    lambda x, repeats, dim: np.repeat(x, repeats, dim),
+    shaped(((2, 3), {"repeats": 2, "dim": 0}), ((2, 3), {"repeats": 3, "dim": -1})),
+)
+row(
+    "tril",
+    t.tril,
+    lambda x, diagonal=0: np.tril(x, diagonal),
+    shaped(((3, 3), {}), ((2, 4), {"diagonal": 1}), ((2, 3, 2), {"diagonal": -1})),
+)
+row(
+    "triu",
+    t.triu,
+    lambda x, diagonal=0: np.triu(x, diagonal),
+    shaped(((3, 3), {}), ((2, 4), {"diagonal": 1}), ((2, 3, 2), {"diagonal": -1})),
+)
 
 
 def vectors(rng: Generator) -> Iterator[Case]:
@@ -627,8 +809,14 @@ def vectors(rng: Generator) -> Iterator[Case]:
     yield case(normal(rng, (3,)), indexing="ij")
 
 
-row("meshgrid", t.meshgrid, lambda *x, indexing: tuple(np.meshgrid(*x, indexing=indexing)), vectors, (0, 1, 2),
-    bad=[bad(lambda: t.meshgrid(t.ones(2), indexing="ji"), ValueError, "meshgrid: expected indexing 'ij' or 'xy'")])  # fmt: skip
+row(
+    "meshgrid",
+    t.meshgrid,
+    lambda *x, indexing: tuple(np.meshgrid(*x, indexing=indexing)),
+    vectors,
+    (0, 1, 2),
+    bad=[bad(lambda: t.meshgrid(t.ones(2), indexing="ji"), ValueError, "meshgrid: expected indexing 'ij' or 'xy'")],
+)
 
 
 def broadcasts(rng: Generator) -> Iterator[Case]:
@@ -636,8 +824,14 @@ def broadcasts(rng: Generator) -> Iterator[Case]:
         yield case(normal(rng, shape_a), normal(rng, shape_b))
 
 
-row("broadcast_tensors", t.broadcast_tensors, lambda *x: tuple(np.broadcast_arrays(*x)), broadcasts, (0, 1),
-    bad=[bad(lambda: t.broadcast_tensors(t.ones(2), t.ones(3)), ValueError, r"\(2,\), \(3,\) do not broadcast")])  # fmt: skip
+row(
+    "broadcast_tensors",
+    t.broadcast_tensors,
+    lambda *x: tuple(np.broadcast_arrays(*x)),
+    broadcasts,
+    (0, 1),
+    bad=[bad(lambda: t.broadcast_tensors(t.ones(2), t.ones(3)), ValueError, r"\(2,\), \(3,\) do not broadcast")],
+)
 
 
 def classes(rng: Generator) -> Iterator[Case]:
@@ -651,10 +845,19 @@ def numpy_one_hot(x: np.ndarray, num_classes: int = -1) -> np.ndarray:
     return np.eye(num_classes if num_classes > 0 else int(x.max()) + 1, dtype=np.int64)[x]
 
 
-row("one_hot", F.one_hot, numpy_one_hot, classes, (), "int64",
-    bad=[bad(lambda: F.one_hot(t.ones(2)), TypeError, "one_hot: expected integers, got float32"),
-         bad(lambda: F.one_hot(t.tensor([0, 5]), 3), ValueError, r"one_hot: expected classes 0 … 2, got 0 … 5"),
-         bad(lambda: F.one_hot(t.tensor([-1, 1])), ValueError, "one_hot: expected classes")])  # fmt: skip
+row(
+    "one_hot",
+    F.one_hot,
+    numpy_one_hot,
+    classes,
+    (),
+    "int64",
+    bad=[
+        bad(lambda: F.one_hot(t.ones(2)), TypeError, "one_hot: expected integers, got float32"),
+        bad(lambda: F.one_hot(t.tensor([0, 5]), 3), ValueError, r"one_hot: expected classes 0 … 2, got 0 … 5"),
+        bad(lambda: F.one_hot(t.tensor([-1, 1])), ValueError, "one_hot: expected classes"),
+    ],
+)
 
 # -- selection and sorting ---------------------------------------------------------------------------------------------
 
@@ -666,9 +869,19 @@ def along(rng: Generator) -> Iterator[Case]:
     yield case(normal(rng, (4,)), np.zeros((0,), dtype=np.int64), dim=0)
 
 
-row("take_along_dim", t.take_along_dim, lambda x, indices, dim: np.take_along_axis(x, indices, dim), along,
-    bad=[bad(lambda: t.take_along_dim(t.ones(2, 3), t.tensor([[0.5]]), dim=1), (IndexError, ValueError, TypeError),
-             r"take_along_dim: .*\(2, 3\)")])  # fmt: skip
+row(
+    "take_along_dim",
+    t.take_along_dim,
+    lambda x, indices, dim: np.take_along_axis(x, indices, dim),
+    along,
+    bad=[
+        bad(
+            lambda: t.take_along_dim(t.ones(2, 3), t.tensor([[0.5]]), dim=1),
+            (IndexError, ValueError, TypeError),
+            r"take_along_dim: .*\(2, 3\)",
+        )
+    ],
+)
 
 
 def additions(rng: Generator) -> Iterator[Case]:
@@ -687,8 +900,16 @@ def numpy_scatter_add(x: np.ndarray, indices: np.ndarray, values: np.ndarray, di
     return out
 
 
-row("scatter_add", Op.registry["scatter_add"], numpy_scatter_add, additions, (0, 2),
-    bad=[bad(lambda: Op.registry["scatter_add"](t.ones(2), t.tensor([2]), t.ones(1), dim=0), IndexError, "scatter_add: ")])  # fmt: skip
+row(
+    "scatter_add",
+    Op.registry["scatter_add"],
+    numpy_scatter_add,
+    additions,
+    (0, 2),
+    bad=[
+        bad(lambda: Op.registry["scatter_add"](t.ones(2), t.tensor([2]), t.ones(1), dim=0), IndexError, "scatter_add: ")
+    ],
+)
 
 
 def index_additions(rng: Generator) -> Iterator[Case]:
@@ -714,8 +935,14 @@ def raw_index_add(x: Any, values: Any, index: Any) -> Any:
     return Op.registry["index_add"](x, values, index=_raw_index(index))
 
 
-row("index_add", raw_index_add, numpy_index_add, index_additions, (0, 1),
-    bad=[bad(lambda: Op.registry["index_add"](t.ones(2, 3), t.ones(4), index=0), ValueError, r"index_add: .*\(4,\)")])  # fmt: skip
+row(
+    "index_add",
+    raw_index_add,
+    numpy_index_add,
+    index_additions,
+    (0, 1),
+    bad=[bad(lambda: Op.registry["index_add"](t.ones(2, 3), t.ones(4), index=0), ValueError, r"index_add: .*\(4,\)")],
+)
 
 
 def gathers(rng: Generator) -> Iterator[Case]:
@@ -733,8 +960,13 @@ def numpy_gather(x: np.ndarray, dim: int, index: np.ndarray) -> np.ndarray:
     return out
 
 
-row("gather", t.gather, numpy_gather, gathers,
-    bad=[bad(lambda: t.gather(t.ones(2, 3), 0, t.tensor([0])), ValueError, r"gather: the index has shape \(1,\)")])  # fmt: skip
+row(
+    "gather",
+    t.gather,
+    numpy_gather,
+    gathers,
+    bad=[bad(lambda: t.gather(t.ones(2, 3), 0, t.tensor([0])), ValueError, r"gather: the index has shape \(1,\)")],
+)
 
 
 def selections(rng: Generator) -> Iterator[Case]:
@@ -757,8 +989,14 @@ row(
     lambda x, mask: np.broadcast_arrays(x, mask)[0][np.broadcast_arrays(x, mask)[1]],
     selected,
 )
-row("nonzero", t.nonzero, lambda x: np.stack(np.nonzero(x), 1), with_attributes(((3, 2), (2, 1, 3), (4,), (0, 2)), ({},) * 4, logical),
-    (), "int64")  # fmt: skip
+row(
+    "nonzero",
+    t.nonzero,
+    lambda x: np.stack(np.nonzero(x), 1),
+    with_attributes(((3, 2), (2, 1, 3), (4,), (0, 2)), ({},) * 4, logical),
+    (),
+    "int64",
+)
 
 
 def orders(rng: Generator) -> Iterator[Case]:
@@ -772,9 +1010,13 @@ def numpy_argsort(x: np.ndarray, dim: int = -1, descending: bool = False) -> np.
 
 
 row("argsort", t.argsort, numpy_argsort, orders, (), "int64", integers=True, bad=[no_such_axis("argsort")])
-row("sort", t.sort,
-    lambda x, **k: (np.take_along_axis(x, numpy_argsort(x, **k), k.get("dim", -1)), numpy_argsort(x, **k)), orders,
-    result="with int64")  # fmt: skip
+row(
+    "sort",
+    t.sort,
+    lambda x, **k: (np.take_along_axis(x, numpy_argsort(x, **k), k.get("dim", -1)), numpy_argsort(x, **k)),
+    orders,
+    result="with int64",
+)
 
 
 def tops(rng: Generator) -> Iterator[Case]:
@@ -787,35 +1029,79 @@ def numpy_topk(x: np.ndarray, k: int, dim: int = -1, largest: bool = True) -> tu
     return np.take_along_axis(x, indices, dim), indices
 
 
-row("topk", t.topk, numpy_topk, tops, result="with int64",
-    bad=[bad(lambda: t.topk(t.ones(2, 3), 4), ValueError, "topk: expected k between 0 and 3"),
-         bad(lambda: t.topk(t.ones(2, 3), -1), ValueError, "topk: expected k between 0 and 3")])  # fmt: skip
+row(
+    "topk",
+    t.topk,
+    numpy_topk,
+    tops,
+    result="with int64",
+    bad=[
+        bad(lambda: t.topk(t.ones(2, 3), 4), ValueError, "topk: expected k between 0 and 3"),
+        bad(lambda: t.topk(t.ones(2, 3), -1), ValueError, "topk: expected k between 0 and 3"),
+    ],
+)
 
 # -- linear algebra ----------------------------------------------------------------------------------------------------
 
 
 def products(rng: Generator) -> Iterator[Case]:
-    for a, b in (((2, 3), (3, 2)), ((3,), (3,)), ((2, 3), (3,)), ((3,), (3, 2)), ((2, 2, 3), (3, 2)), ((2, 1, 3), (1, 3, 2)),
-                 ((2, 1, 2, 3), (3, 3, 1)), ((3,), (2, 3, 2)), ((2, 2, 3), (3,)), ((0, 3), (3, 2)), ((2, 0), (0, 3)),
-                 ((2, 3), (2, 3, 1))):  # fmt: skip
+    for a, b in (
+        ((2, 3), (3, 2)),
+        ((3,), (3,)),
+        ((2, 3), (3,)),
+        ((3,), (3, 2)),
+        ((2, 2, 3), (3, 2)),
+        ((2, 1, 3), (1, 3, 2)),
+        ((2, 1, 2, 3), (3, 3, 1)),
+        ((3,), (2, 3, 2)),
+        ((2, 2, 3), (3,)),
+        ((0, 3), (3, 2)),
+        ((2, 0), (0, 3)),
+        ((2, 3), (2, 3, 1)),
+    ):
         yield case(normal(rng, a), normal(rng, b))
 
 
-row("matmul", lambda a, b: a @ b, np.matmul, products, (0, 1),
-    bad=[bad(lambda: t.ones(2, 3) @ t.ones(2, 3), ValueError, r"matmul: \(2, 3\) @ \(2, 3\)"),
-         bad(lambda: t.ones(2, 3) @ t.tensor(1.0), ValueError, r"matmul: \(2, 3\) @ \(\)")])  # fmt: skip
+row(
+    "matmul",
+    lambda a, b: a @ b,
+    np.matmul,
+    products,
+    (0, 1),
+    bad=[
+        bad(lambda: t.ones(2, 3) @ t.ones(2, 3), ValueError, r"matmul: \(2, 3\) @ \(2, 3\)"),
+        bad(lambda: t.ones(2, 3) @ t.tensor(1.0), ValueError, r"matmul: \(2, 3\) @ \(\)"),
+    ],
+)
 
 
 def equations(rng: Generator) -> Iterator[Case]:
-    for equation, *shapes in (("ij,jk->ik", (2, 3), (3, 2)), ("bij,bjk->bik", (2, 2, 3), (2, 3, 1)), ("ij->ji", (2, 3)), ("ij->", (2, 3)),
-                              ("i,j->ij", (2,), (3,)), ("ii->i", (3, 3)), ("ii->", (3, 3)), ("ij,ij->i", (2, 3), (2, 3)),
-                              ("ij,jk,kl->il", (2, 3), (3, 2), (2, 2)), ("i,i,i->", (3,), (3,), (3,))):  # fmt: skip
+    for equation, *shapes in (
+        ("ij,jk->ik", (2, 3), (3, 2)),
+        ("bij,bjk->bik", (2, 2, 3), (2, 3, 1)),
+        ("ij->ji", (2, 3)),
+        ("ij->", (2, 3)),
+        ("i,j->ij", (2,), (3,)),
+        ("ii->i", (3, 3)),
+        ("ii->", (3, 3)),
+        ("ij,ij->i", (2, 3), (2, 3)),
+        ("ij,jk,kl->il", (2, 3), (3, 2), (2, 2)),
+        ("i,i,i->", (3,), (3,), (3,)),
+    ):
         yield case(*(normal(rng, shape) for shape in shapes), equation=equation)
 
 
 def shorthand(rng: Generator) -> Iterator[Case]:
-    for equation, *shapes in (("ij,jk", (2, 3), (3, 2)), ("ba", (2, 3)), ("...ij,...jk->...ik", (2, 2, 3), (3, 2)), ("...i->...", (2, 3)),
-                              ("i...,i...->i...", (2, 3), (2,)), ("...,...", (2, 1), (3,)), ("ii", (3, 3)), ("b i , b -> b i", (2, 3), (2,))):  # fmt: skip
+    for equation, *shapes in (
+        ("ij,jk", (2, 3), (3, 2)),
+        ("ba", (2, 3)),
+        ("...ij,...jk->...ik", (2, 2, 3), (3, 2)),
+        ("...i->...", (2, 3)),
+        ("i...,i...->i...", (2, 3), (2,)),
+        ("...,...", (2, 1), (3,)),
+        ("ii", (3, 3)),
+        ("b i , b -> b i", (2, 3), (2,)),
+    ):
         yield case(*(normal(rng, shape) for shape in shapes), equation=equation)
 
 
@@ -823,13 +1109,31 @@ def numpy_einsum(*arrays: np.ndarray, equation: str) -> np.ndarray:
     return np.einsum(equation, *arrays)
 
 
-row("einsum_op", lambda *x, equation: t.einsum(equation, *x), numpy_einsum, equations, (0, 1, 2),
-    bad=[bad(lambda: t.einsum("ij,jk->ik", t.ones(2, 3), t.ones(2, 3)), ValueError, r"einsum.*\(2, 3\)")])  # fmt: skip
-row("einsum", lambda *x, equation: t.einsum(equation, *x), numpy_einsum, shorthand, (0, 1, 2),
-    bad=[bad(lambda: t.einsum("ij,jk", t.ones(2, 3)), ValueError, "einsum: 'ij,jk' takes 2 operands, got 1"),
-         bad(lambda: t.einsum("ijk->i", t.ones(2, 3)), ValueError, "einsum: 'ijk' in 'ijk->i' names 3 axes, the operand has 2"),
-         bad(lambda: t.einsum("ij->iz", t.ones(2, 3)), ValueError, "einsum: the result 'iz'"),
-         bad(lambda: t.einsum("ij->ii", t.ones(2, 3)), ValueError, "einsum: the result 'ii'")])  # fmt: skip
+row(
+    "einsum_op",
+    lambda *x, equation: t.einsum(equation, *x),
+    numpy_einsum,
+    equations,
+    (0, 1, 2),
+    bad=[bad(lambda: t.einsum("ij,jk->ik", t.ones(2, 3), t.ones(2, 3)), ValueError, r"einsum.*\(2, 3\)")],
+)
+row(
+    "einsum",
+    lambda *x, equation: t.einsum(equation, *x),
+    numpy_einsum,
+    shorthand,
+    (0, 1, 2),
+    bad=[
+        bad(lambda: t.einsum("ij,jk", t.ones(2, 3)), ValueError, "einsum: 'ij,jk' takes 2 operands, got 1"),
+        bad(
+            lambda: t.einsum("ijk->i", t.ones(2, 3)),
+            ValueError,
+            "einsum: 'ijk' in 'ijk->i' names 3 axes, the operand has 2",
+        ),
+        bad(lambda: t.einsum("ij->iz", t.ones(2, 3)), ValueError, "einsum: the result 'iz'"),
+        bad(lambda: t.einsum("ij->ii", t.ones(2, 3)), ValueError, "einsum: the result 'ii'"),
+    ],
+)
 
 
 def two_vectors(*shapes: tuple) -> Callable:
@@ -841,14 +1145,28 @@ def two_vectors(*shapes: tuple) -> Callable:
 
 
 row("outer", t.outer, np.outer, two_vectors(((2,), (3,)), ((1,), (1,)), ((0,), (2,))), (0, 1))
-row("dot", t.dot, np.dot, two_vectors(((3,), (3,)), ((1,), (1,))), (0, 1),
-    bad=[bad(lambda: t.dot(t.ones(2), t.ones(3)), ValueError, "dot: expected two vectors of one length"),
-         bad(lambda: t.dot(t.ones(2, 2), t.ones(2, 2)), ValueError, "dot: expected two vectors")])  # fmt: skip
+row(
+    "dot",
+    t.dot,
+    np.dot,
+    two_vectors(((3,), (3,)), ((1,), (1,))),
+    (0, 1),
+    bad=[
+        bad(lambda: t.dot(t.ones(2), t.ones(3)), ValueError, "dot: expected two vectors of one length"),
+        bad(lambda: t.dot(t.ones(2, 2), t.ones(2, 2)), ValueError, "dot: expected two vectors"),
+    ],
+)
 
 # -- dtype, device, copies ---------------------------------------------------------------------------------------------
 
-row("cast", lambda x, dtype: Op.registry["cast"](x, dtype=dtype), lambda x, dtype: x.astype(dtype), unary(dtype="float64"), result="float64",
-    bad=[bad(lambda: t.ones(2).to("float33"), RuntimeError, "float33")])  # fmt: skip
+row(
+    "cast",
+    lambda x, dtype: Op.registry["cast"](x, dtype=dtype),
+    lambda x, dtype: x.astype(dtype),
+    unary(dtype="float64"),
+    result="float64",
+    bad=[bad(lambda: t.ones(2).to("float33"), RuntimeError, "float33")],
+)
 row("clone", t.clone, np.copy, unary(), integers=True)
 
 
@@ -863,8 +1181,14 @@ def there_and_back(x: Any) -> Any:
     return x.to(device=other).to(device=x.device)
 
 
-row("to_device", there_and_back, lambda x: x, device_moves, integers=True,
-    bad=[bad(lambda: t.ones(2).to("nowhere"), RuntimeError, "there is no device 'nowhere'")])  # fmt: skip
+row(
+    "to_device",
+    there_and_back,
+    lambda x: x,
+    device_moves,
+    integers=True,
+    bad=[bad(lambda: t.ones(2).to("nowhere"), RuntimeError, "there is no device 'nowhere'")],
+)
 
 
 def assignments(rng: Generator) -> Iterator[Case]:
@@ -887,9 +1211,21 @@ def raw_index_put(x: Any, value: Any, index: Any) -> Any:
     return Op.registry["index_put"](x, value, index=_raw_index(index))
 
 
-row("index_put", raw_index_put, numpy_index_put, assignments, (0, 1),
-    bad=[bad(lambda: Op.registry["index_put"](t.ones(2, 3), t.ones(4), index=0), ValueError, r"index_put: .*\(2, 3\).*\(4,\)"),
-         bad(lambda: Op.registry["index_put"](t.ones(2, 3), 1.0, index=5), IndexError, r"index_put: .*\(2, 3\)")])  # fmt: skip
+row(
+    "index_put",
+    raw_index_put,
+    numpy_index_put,
+    assignments,
+    (0, 1),
+    bad=[
+        bad(
+            lambda: Op.registry["index_put"](t.ones(2, 3), t.ones(4), index=0),
+            ValueError,
+            r"index_put: .*\(2, 3\).*\(4,\)",
+        ),
+        bad(lambda: Op.registry["index_put"](t.ones(2, 3), 1.0, index=5), IndexError, r"index_put: .*\(2, 3\)"),
+    ],
+)
 
 
 def overwrites(rng: Generator) -> Iterator[Case]:
@@ -898,8 +1234,14 @@ def overwrites(rng: Generator) -> Iterator[Case]:
     yield case(normal(rng, (2, 3)), 1.5)
 
 
-row("overwrite", Op.registry["overwrite"], lambda x, value: np.broadcast_to(value, x.shape), overwrites, (1,),
-    bad=[bad(lambda: Op.registry["overwrite"](t.ones(2, 3), t.ones(4)), ValueError, r"overwrite: .*\(2, 3\).*\(4,\)")])  # fmt: skip
+row(
+    "overwrite",
+    Op.registry["overwrite"],
+    lambda x, value: np.broadcast_to(value, x.shape),
+    overwrites,
+    (1,),
+    bad=[bad(lambda: Op.registry["overwrite"](t.ones(2, 3), t.ones(4)), ValueError, r"overwrite: .*\(2, 3\).*\(4,\)")],
+)
 
 # -- 03 activations ----------------------------------------------------------------------------------------------------
 
@@ -926,17 +1268,37 @@ def also(*attributes: dict, draw: Draw = normal) -> Callable:
 
 
 row("relu", F.relu, lambda x: np.maximum(x, 0), unary(off_zero), integers=True, bad=[not_for("bool", "neg")])
-row("leaky_relu", F.leaky_relu, lambda x, negative_slope=0.01: np.where(x > 0, x, negative_slope * x),
-    also({"negative_slope": 0.3}, draw=off_zero), result="float")  # fmt: skip
-row("hardtanh", F.hardtanh, lambda x, min_val=-1.0, max_val=1.0: np.clip(x, min_val, max_val),
-    also({"min_val": 0.0, "max_val": 1.0}, draw=off_whole), result="float")  # fmt: skip
+row(
+    "leaky_relu",
+    F.leaky_relu,
+    lambda x, negative_slope=0.01: np.where(x > 0, x, negative_slope * x),
+    also({"negative_slope": 0.3}, draw=off_zero),
+    result="float",
+)
+row(
+    "hardtanh",
+    F.hardtanh,
+    lambda x, min_val=-1.0, max_val=1.0: np.clip(x, min_val, max_val),
+    also({"min_val": 0.0, "max_val": 1.0}, draw=off_whole),
+    result="float",
+)
 row("sigmoid", F.sigmoid, sigmoid, unary(), result="float", integers=True)
 row("silu", F.silu, lambda x: x * sigmoid(x), unary(), result="float", integers=True)
-row("gelu", F.gelu, numpy_gelu, also({"approximate": "tanh"}), result="float",
-    bad=[bad(lambda: F.gelu(t.ones(2), approximate="erf"), ValueError, "gelu: approximate must be")])  # fmt: skip
-row("softplus", F.softplus,
+row(
+    "gelu",
+    F.gelu,
+    numpy_gelu,
+    also({"approximate": "tanh"}),
+    result="float",
+    bad=[bad(lambda: F.gelu(t.ones(2), approximate="erf"), ValueError, "gelu: approximate must be")],
+)
+row(
+    "softplus",
+    F.softplus,
     lambda x, beta=1.0, threshold=20.0: np.where(beta * x > threshold, x, np.log1p(np.exp(beta * x)) / beta),
-    also({"beta": 2.0}, {"beta": 0.5, "threshold": 1.05}), result="float")  # fmt: skip
+    also({"beta": 2.0}, {"beta": 0.5, "threshold": 1.05}),
+    result="float",
+)
 row(
     "elu",
     F.elu,
@@ -951,8 +1313,14 @@ def numpy_softmax(x: np.ndarray, dim: int) -> np.ndarray:
 
 
 row("softmax", F.softmax, numpy_softmax, one_axis(), result="float", integers=True, bad=[no_such_axis("softmax")])
-row("log_softmax", F.log_softmax, lambda x, dim: np.log(numpy_softmax(x, dim)), one_axis(), result="float",
-    bad=[no_such_axis("log_softmax")])  # fmt: skip
+row(
+    "log_softmax",
+    F.log_softmax,
+    lambda x, dim: np.log(numpy_softmax(x, dim)),
+    one_axis(),
+    result="float",
+    bad=[no_such_axis("log_softmax")],
+)
 
 # -- 04 layers, 05 losses ----------------------------------------------------------------------------------------------
 
@@ -963,11 +1331,26 @@ def layers(rng: Generator) -> Iterator[Case]:
     yield case(normal(rng, (2, 3)), normal(rng, (1, 3)), None)
 
 
-row("linear", F.linear, lambda x, weight, bias=None: x @ weight.T + (0 if bias is None else bias), layers, (0, 1, 2),
-    bad=[bad(lambda: F.linear(t.ones(64, 512), t.ones(10, 784)), ValueError,
-             r"linear: input has 512 features, but the weight takes 784 \(input \(64, 512\), weight \(10, 784\)\)"),
-         bad(lambda: F.linear(t.ones(2, 3), t.ones(4, 3), t.ones(3)), ValueError, r"linear: expected a float32 bias \(4,\)"),
-         bad(lambda: F.linear(t.ones(2, 3, dtype="float64"), t.ones(4, 3)), TypeError, "linear: input is float64")])  # fmt: skip
+row(
+    "linear",
+    F.linear,
+    lambda x, weight, bias=None: x @ weight.T + (0 if bias is None else bias),
+    layers,
+    (0, 1, 2),
+    bad=[
+        bad(
+            lambda: F.linear(t.ones(64, 512), t.ones(10, 784)),
+            ValueError,
+            r"linear: input has 512 features, but the weight takes 784 \(input \(64, 512\), weight \(10, 784\)\)",
+        ),
+        bad(
+            lambda: F.linear(t.ones(2, 3), t.ones(4, 3), t.ones(3)),
+            ValueError,
+            r"linear: expected a float32 bias \(4,\)",
+        ),
+        bad(lambda: F.linear(t.ones(2, 3, dtype="float64"), t.ones(4, 3)), TypeError, "linear: input is float64"),
+    ],
+)
 
 
 def scores(rng: Generator) -> Iterator[Case]:
@@ -981,8 +1364,13 @@ def numpy_cross_entropy(logits: np.ndarray, targets: np.ndarray) -> tuple:
     return -np.log(probabilities[np.arange(len(targets)), targets]), probabilities
 
 
-row("softmax_cross_entropy", Op.registry["softmax_cross_entropy"], numpy_cross_entropy, scores,
-    bad=[bad(lambda: F.cross_entropy(t.ones(2, 3), t.tensor([0, 3])), ValueError, "cross_entropy: ")])  # fmt: skip
+row(
+    "softmax_cross_entropy",
+    Op.registry["softmax_cross_entropy"],
+    numpy_cross_entropy,
+    scores,
+    bad=[bad(lambda: F.cross_entropy(t.ones(2, 3), t.tensor([0, 3])), ValueError, "cross_entropy: ")],
+)
 
 
 def probabilities(rng: Generator) -> Iterator[Case]:
@@ -990,6 +1378,12 @@ def probabilities(rng: Generator) -> Iterator[Case]:
         yield case(rng.uniform(0.1, 0.9, shape), rng.uniform(0, 1, shape))
 
 
-row("bernoulli_cross_entropy", Op.registry["bernoulli_cross_entropy"], lambda p, y: -y * np.log(p) - (1 - y) * np.log(1 - p),
-    probabilities, (0, 1), result="float",
-    bad=[bad(lambda: F.binary_cross_entropy(t.ones(2) * 2, t.ones(2)), ValueError, "binary_cross_entropy: ")])  # fmt: skip
+row(
+    "bernoulli_cross_entropy",
+    Op.registry["bernoulli_cross_entropy"],
+    lambda p, y: -y * np.log(p) - (1 - y) * np.log(1 - p),
+    probabilities,
+    (0, 1),
+    result="float",
+    bad=[bad(lambda: F.binary_cross_entropy(t.ones(2) * 2, t.ones(2)), ValueError, "binary_cross_entropy: ")],
+)

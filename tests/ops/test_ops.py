@@ -15,7 +15,6 @@ from tinytorch.backends import backend_of
 from tinytorch.m02_tensor import Op, Tensor, observe
 from tinytorch.m06_autograd import NON_DIFFERENTIABLE, RULES
 
-t.Tensor  # the first name loads every module, and with it every operation
 ROWS = {**OPS, **COMPOSITES}
 TABLE_MODULES = tuple(f"tinytorch.m{number:02}" for number in range(2, 6))
 SEED = 20_240_607
@@ -327,7 +326,7 @@ def slope(function: Any, x: Any) -> list:
         (lambda x: t.topk(x, 2).values, [1.0, 3.0, 2.0], [0, 1, 1]),
         (lambda x: t.std(x), [1.0, 3.0], [-(0.5**0.5), 0.5**0.5]),
     ],
-)  # fmt: skip
+)
 def test_slopes_where_there_is_a_choice(function: Any, x: list, expected: list, device: str) -> None:
     np.testing.assert_allclose(slope(function, x), expected, rtol=1e-12, atol=1e-12)
 
@@ -362,7 +361,7 @@ def test_slopes_where_there_is_a_choice(function: Any, x: list, expected: list, 
         (t.sum, [], 0),
         (t.prod, [], 1),
     ],
-)  # fmt: skip
+)
 @pytest.mark.filterwarnings("ignore:.*(empty slice|[Dd]egrees of freedom|encountered in):")
 def test_limits(function: Any, x: list, expected: Any, device: str) -> None:
     np.testing.assert_allclose(function(t.tensor(x, dtype="float64")).numpy(), expected, rtol=1e-12)

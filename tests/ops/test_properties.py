@@ -7,7 +7,7 @@ from typing import Any
 import hypothesis.extra.numpy as hnp
 import numpy as np
 import pytest
-from hypothesis import HealthCheck, given, settings
+from hypothesis import HealthCheck, assume, given, settings
 from hypothesis import strategies as st
 
 import tinytorch as t
@@ -34,6 +34,11 @@ def values(shape: tuple, dtype: str = "float64", seed: int = 0) -> np.ndarray:
 def same(actual: Tensor, expected: np.ndarray, tolerance: float = 1e-12) -> None:
     assert actual.shape == expected.shape
     np.testing.assert_allclose(actual.numpy(), expected, rtol=tolerance, atol=tolerance)
+
+
+def skip_unknown(device: str, *dtypes: str) -> None:
+    if "float16" in dtypes and device == "array_api_strict":
+        pytest.skip("the array standard has no float16")
 
 
 # -- broadcasting ------------------------------------------------------------------------------------------------------
@@ -86,20 +91,23 @@ def promoted(a: str, b: str) -> str:
 @pytest.mark.parametrize("a", KINDS)
 @pytest.mark.parametrize("b", KINDS)
 def test_promotion_of_two_tensors(device: str, a: str, b: str) -> None:
+    skip_unknown(device, a, b)
+    if a == b == "bool" and device == "array_api_strict":
+        pytest.skip("the array standard does not add booleans")
     x, y = (t.tensor(values((3,), dtype)) for dtype in (a, b))
     assert (x + y).dtype == (y + x).dtype == promoted(a, b)
     assert (x * y).dtype == promoted(a, b)
     assert t.where(x > 1, x, y).dtype == t.cat([x, y]).dtype == promoted(a, b)
     assert (x / y).dtype == (promoted(a, b) if promoted(a, b) in FLOATS else "float32")
     assert (x == y).dtype == (x < y).dtype == "bool"
-    same(x + y, values((3,), a).astype(float) + values((3,), b) if "bool" not in (a, b) or a != b
-         else values((3,), a) | values((3,), b), 1e-3)  # fmt: skip
+    same(x + y, values((3,), a).astype(promoted(a, b)) + values((3,), b), 1e-3)
 
 
 @pytest.mark.parametrize("dtype", KINDS)
 @pytest.mark.parametrize("shape", [(3,), ()])
 def test_python_numbers_are_weak(device: str, dtype: str, shape: tuple) -> None:
     """Tensors without axes are not: they count as any other tensor."""
+    skip_unknown(device, dtype)
     x = t.tensor(values(shape, dtype))
     float_dtype = dtype if dtype in FLOATS else "float32"
     integer_dtype = "int64" if dtype == "bool" else dtype
@@ -120,6 +128,7 @@ def test_numpy_scalars_beside_tensors_are_numbers(number: Any) -> None:
 @quick
 @given(kinds, kinds, shapes)
 def test_casts_are_numpys(device: str, source: str, target: str, shape: tuple) -> None:
+    assume(not (device == "array_api_strict" and "float16" in (source, target)))
     x = values(shape, source)
     y = t.tensor(x).to(DTYPES[target])
     assert y.dtype == target

@@ -60,8 +60,33 @@ def draw(shape: tuple, seed: int, low: float = -2.0, high: float = 2.0) -> np.nd
 
 
 SHAPES = [(3, 4), (), (2, 1, 3), (0, 2)]
-UNARY = ["neg", "abs", "exp", "log", "sqrt", "log1p", "expm1", "rsqrt", "sin", "cos", "tanh", "erf", "sign", "floor", "ceil",
-         "round", "isnan", "isinf", "isfinite", "square", "reciprocal", "relu", "sigmoid", "clone", "logical_not"]  # fmt: skip
+UNARY = [
+    "neg",
+    "abs",
+    "exp",
+    "log",
+    "sqrt",
+    "log1p",
+    "expm1",
+    "rsqrt",
+    "sin",
+    "cos",
+    "tanh",
+    "erf",
+    "sign",
+    "floor",
+    "ceil",
+    "round",
+    "isnan",
+    "isinf",
+    "isfinite",
+    "square",
+    "reciprocal",
+    "relu",
+    "sigmoid",
+    "clone",
+    "logical_not",
+]
 BINARY = [
     "add",
     "sub",
@@ -330,7 +355,7 @@ SHAPE_FUNCTIONS: dict[str, Callable[[Any, Any], Any]] = {
     "T of matrix": lambda lib, x: x[0].T @ x[1],
     "std of the mean": lambda lib, x: x.mean(0).std(),
     "where": lambda lib, x: lib.where(x > 0, x, x * x),
-}  # fmt: skip
+}
 
 
 @pytest.mark.parametrize("name", SHAPE_FUNCTIONS)
@@ -402,10 +427,15 @@ def test_random_expressions() -> None:
     """Chains of operations: what the engine adds to the rules."""
     rng = np.random.default_rng(77)
     steps: list[Callable] = [
-        lambda lib, x, y: x * y + x, lambda lib, x, y: (x - y).exp().mean(0, keepdim=True), lambda lib, x, y: lib.tanh(x) @ y.mT @ x,
-        lambda lib, x, y: lib.cat([x, y], 0)[:3], lambda lib, x, y: lib.where(x > y, x, y) / 2, lambda lib, x, y: x.sum(1, keepdim=True) * y,
-        lambda lib, x, y: lib.sigmoid(x) * y, lambda lib, x, y: x.amax(1, keepdim=True) - y,
-    ]  # fmt: skip
+        lambda lib, x, y: x * y + x,
+        lambda lib, x, y: (x - y).exp().mean(0, keepdim=True),
+        lambda lib, x, y: lib.tanh(x) @ y.mT @ x,
+        lambda lib, x, y: lib.cat([x, y], 0)[:3],
+        lambda lib, x, y: lib.where(x > y, x, y) / 2,
+        lambda lib, x, y: x.sum(1, keepdim=True) * y,
+        lambda lib, x, y: lib.sigmoid(x) * y,
+        lambda lib, x, y: x.amax(1, keepdim=True) - y,
+    ]
     for _ in range(25):
         chosen = [steps[i] for i in rng.integers(0, len(steps), 4)]
 
