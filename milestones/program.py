@@ -4,12 +4,11 @@ from __future__ import annotations
 
 import argparse
 import json
-import math
 import platform
-import shutil
 import sys
-from collections.abc import Callable, Sequence
-from contextlib import redirect_stdout
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, redirect_stdout
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -19,86 +18,124 @@ from tinytorch.m08_training import TrainingError
 
 
 class UsageError(Exception):
-    """The program cannot begin: its message tells the user, in one line, why and what to do."""
+    """The program cannot do what it was asked; the message says why, and what to do."""
+
+
+# -- options -----------------------------------------------------------------------------------------------------------
 
 
 class Options(argparse.ArgumentParser):
-    """The options that every program takes; a wrong one ends it with status 2 and one line."""
+    """The options that every program takes. A wrong one ends the program with one line and status 2.
 
-    def __init__(self, name: str, title: str, seed: int, epochs: str, example: str) -> None:
-        """`epochs` says how many there are without the option; `example` is what follows the program's name."""
+    Args:
+        epochs: how many there are without `--epochs`, in words.
+        example: options that make an instructive call.
+    """
+
+    def __init__(self, name: str, title: str, epochs: str, example: str) -> None:
+        self.name = name
         super().__init__(
-            f"tinytorch milestone run {name}",
+            prog=f"tinytorch milestone run {name}",
             description=title,
-            epilog=f"example: tinytorch milestone run {name} {example}",
-            formatter_class=lambda prog: argparse.HelpFormatter(prog, max_help_position=26, width=columns()),
+            epilog=f"Example: tinytorch milestone run {name} {example}",
             allow_abbrev=False,
         )
-        self.name = name
-        self.add_argument("--epochs", type=at_least(1), metavar="N", help=f"how often to go through the data ({epochs})")
-        self.add_argument("--seed", type=at_least(0), default=seed, metavar="N", help=f"of all chance ({seed})")
-        self.add_argument("--device", help="where to compute: cpu, cuda, cuda:1 … (TINYTORCH_DEVICE, or else cpu)")
-        self.add_argument("--out", type=Path, default=Path("runs", name), metavar="DIR", help=f"folder for the results (runs/{name})")  # fmt: skip
-        self.add_argument("--json", action="store_true", help="print the report as JSON, and all else to standard error")  # fmt: skip
+        self.add_argument("--epochs", type=whole(1), metavar="N", help=f"how often to go through the data ({epochs})")
+        self.add_argument("--seed", type=whole(0), default=0, metavar="N", help="where all chance begins (0)")
+        self.add_argument("--device", metavar="NAME", help="where to compute: cpu, cuda, cuda:1 (TINYTORCH_DEVICE or cpu)")  # fmt: skip
+        self.add_argument("--out", type=Path, default=Path("runs", name), metavar="DIR", help=f"folder for what is written (runs/{name})")  # fmt: skip
+        self.add_argument("--json", action="store_true", help="print the report as JSON, and text to standard error")
 
     def error(self, message: str) -> NoReturn:
         self.exit(2, f"{self.name}: {message}; see: {self.prog} --help\n")
 
 
-def columns() -> int:
-    """How many columns to write: the terminal's, and no more than 80."""
-    return min(shutil.get_terminal_size((80, 24)).columns, 80)
-
-
-def at_least(least: int) -> Callable[[str], int]:
-    """What argparse takes for the type of a whole number that is not smaller than `least`."""
+def whole(least: int) -> Callable[[str], int]:
+    """The argparse type of a whole number >= `least`."""
 
     def parse(text: str) -> int:
-        try:
-            value = int(text)
-        except ValueError:
-            value = least - 1
-        if value < least:
+        if not text.isdecimal() or int(text) < least:
             raise argparse.ArgumentTypeError(f"expected a whole number >= {least}, not {text!r}")
-        return value
+        return int(text)
 
     return parse
 
 
-def run(options: Options, argv: Sequence[str], program: Callable[[argparse.Namespace], dict[str, Any]]) -> int:
-    """Run a program that returns its report, save that as report.json, and say whether the threshold was reached.
+# -- thresholds --------------------------------------------------------------------------------------------------------
 
-    Returns the exit status: 0 if it was, 1 if not, 2 if the program could not do its work, 130 if it was interrupted.
+
+@dataclass(frozen=True)
+class Check:
+    """A measured share, between 0 and 1, and where it must lie."""
+
+    what: str
+    value: float
+    least: float = 0.0
+    most: float = 1.0
+
+    @property
+    def passed(self) -> bool:
+        return self.least <= self.value <= self.most
+
+    def __str__(self) -> str:
+        bound, word = (self.most, "at most ") if self.most < 1 else (self.least, "at least " * (self.least < 1))
+        line = f"{self.what}: {100 * self.value:.2f} %, must be {word}{100 * bound:g} %"
+        if self.passed:
+            return f"passed: {line}"
+        side = "above" if self.value > self.most else "below"
+        return f"FAILED: {line}: {100 * abs(self.value - bound):.2f} points {side}"
+
+
+# -- a run -------------------------------------------------------------------------------------------------------------
+
+Program = Callable[[argparse.Namespace], tuple[list[Check], dict[str, Any]]]
+
+
+def run(options: Options, argv: Sequence[str], program: Program) -> int:
+    """Run a program, which returns what is to be checked and what it has to report, and write its report.json.
+
+    Returns the exit status: 0 if every check passed, 1 if not, 2 if the program could not do what it was asked.
     """
     arguments = options.parse_args(argv)
     output = sys.stdout
     try:
-        with redirect_stdout(sys.stderr if arguments.json else output):
-            if arguments.device:
-                use_device(arguments.device)
-            report = {"milestone": options.name, **program(arguments), **circumstances(arguments)}
-            atomic_write(arguments.out / "report.json", (json.dumps(report, indent=2) + "\n").encode())
-            print(verdict(report, arguments.out))
-        if arguments.json:
-            print(json.dumps(report, indent=2))
-        return 0 if report["passed"] else 1
-    except (OSError, UsageError, TrainingError) as error:
+        with redirect_stdout(sys.stderr if arguments.json else output), default_device(arguments.device):
+            checks, findings = program(arguments)
+            report = {**header(options.name, arguments, checks), **findings}
+            text = json.dumps(report, indent=2) + "\n"
+            arguments.out.mkdir(parents=True, exist_ok=True)
+            atomic_write(arguments.out / "report.json", text.encode())
+            print(f"\nreport and figures: {arguments.out}")
+            for check in checks:
+                print(check, file=None if check.passed else sys.stderr, flush=True)
+    except (OSError, TrainingError, UsageError) as error:
         print(f"{options.name}: {' '.join(str(error).split())}", file=sys.stderr)
         return 1 if isinstance(error, TrainingError) else 2
-    except KeyboardInterrupt:
-        return 130
+    if arguments.json:
+        print(text, end="")
+    return 0 if report["passed"] else 1
 
 
-def use_device(name: str) -> None:
+@contextmanager
+def default_device(name: str | None) -> Iterator[None]:
+    """Have tensors created on a device in a `with` block; on the present default device if the name is None."""
+    before = tinytorch.get_default_device()
     try:
-        tinytorch.set_default_device(name)
+        tinytorch.set_default_device(name or before)
     except (RuntimeError, ValueError) as error:
-        raise UsageError(f"--device {name}: {error}") from error
+        raise UsageError(f"{f'--device {name}' if name else 'TINYTORCH_DEVICE'}: {error}") from error
+    try:
+        yield
+    finally:
+        tinytorch.set_default_device(before)
 
 
-def circumstances(arguments: argparse.Namespace) -> dict[str, Any]:
-    """What one needs to know to run it again."""
+def header(name: str, arguments: argparse.Namespace, checks: Sequence[Check]) -> dict[str, Any]:
+    """What every report begins with."""
     return {
+        "milestone": name,
+        "passed": all(check.passed for check in checks),
+        "checks": [{**asdict(check), "passed": check.passed} for check in checks],
         "seed": arguments.seed,
         "device": str(tinytorch.get_default_device()),
         "tinytorch": tinytorch.__version__,

@@ -176,7 +176,7 @@ def with_progress(cases: list[Case], rounds: int, reference: str | None, quiet: 
 
 def report(rows: list[dict[str, Any]], reference: str | None, as_json: bool) -> None:
     if as_json:
-        print(json.dumps({"rounds": rows, "cpus": os.cpu_count(), "reference": reference}, indent=2))
+        print(json.dumps({"cases": rows, "cpus": os.cpu_count(), "reference": reference}, indent=2))
         return
     from rich.console import Console
     from rich.table import Table

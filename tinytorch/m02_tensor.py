@@ -152,7 +152,7 @@ class Op:
                 found = BY_TYPE.get(this)
                 if found is None and this in NUMBERS:
                     continue
-                if found is not backend:
+                if found is None or found is not backend:
                     backend = found if backend is None and found is not None else self._backend(x, backend)
                 kind, dtype = this, x.dtype if dtype is None else dtype
             if x.dtype is not dtype:

@@ -1,4 +1,4 @@
-"""Autograd beyond its chapter's tests: graphs freed and kept, modes, hooks, in-place changes, memory, threads, tools."""
+"""Autograd beyond its chapter: graphs freed and kept, modes, hooks, in-place changes, memory, threads, tools."""
 
 from __future__ import annotations
 

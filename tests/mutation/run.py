@@ -141,7 +141,10 @@ def in_copies(jobs: int, progress: Progress) -> tuple[Callable, Callable]:
         def work(item: Any) -> Any:
             copy = copies.get()
             try:
-                return function(copy, item)
+                result = function(copy, item)
+                if isinstance(result, Verdict) and result.problem:
+                    progress.console.print(f"{result.file}: {result.what}: {result.problem}", markup=False)
+                return result
             finally:
                 copies.put(copy)
                 progress.advance(task)
@@ -188,7 +191,8 @@ def parsed() -> argparse.Namespace:
 
 
 def main() -> int:
-    options, console, errors = parsed(), Console(), Console(stderr=True)
+    options, errors = parsed(), Console(stderr=True)
+    console = Console(width=None if sys.stdout.isatty() else 160)
     wanted = options.only.casefold()
     faults = [fault for fault in FAULTS if wanted in f"{fault.file} {fault.what}".casefold()]
     if options.list:
