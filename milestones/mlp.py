@@ -24,7 +24,7 @@ from typing import Any
 import tinytorch
 from tinytorch import Trainer, nn, optim
 from tinytorch.m01_setup import atomic_write
-from tinytorch.m08_training import Callback, accuracy, read_checkpoint
+from tinytorch.m08_training import LAST, PREVIOUS, Callback, accuracy, read_checkpoint
 from tinytorch.m08_training_appendix import Checkpointing, History, ProgressBar
 from tinytorch.milestones.datasets import Arrays, Batches, digits, mnist
 from tinytorch.milestones.program import Check, Options, UsageError, run
@@ -35,6 +35,7 @@ from tinytorch.milestones.report import confusion_matrix, plot_confusion, plot_c
 class Recipe:
     """How a data set is learned, and what must be reached."""
 
+    title: str
     hidden: tuple[int, ...]
     epochs: int
     batch_size: int
@@ -44,8 +45,8 @@ class Recipe:
 
 
 RECIPES = {
-    "digits": Recipe(hidden=(128,), epochs=30, batch_size=32, threshold=0.96),
-    "mnist": Recipe(hidden=(256, 128), epochs=20, batch_size=128, threshold=0.98),
+    "digits": Recipe("Digits", hidden=(128,), epochs=30, batch_size=32, threshold=0.96),
+    "mnist": Recipe("MNIST", hidden=(256, 128), epochs=20, batch_size=128, threshold=0.98),
 }
 
 
@@ -125,16 +126,18 @@ class Run:
 
     def begin(self) -> None:
         """Have an empty folder."""
-        if self.folder.exists():
+        if (self.folder / LAST).exists():
             shutil.rmtree(self.abandoned, ignore_errors=True)
             self.folder.rename(self.abandoned)
             print(f"the run that was interrupted before is now in {self.abandoned}")
+        shutil.rmtree(self.folder, ignore_errors=True)
         self.folder.mkdir(parents=True)
 
     def publish(self) -> None:
-        """Put the results where they belong, each file at once."""
+        """Put the results where they belong. Without a report they are not complete: it is written last."""
+        (self.out / "report.json").unlink(missing_ok=True)
         for file in sorted(self.folder.iterdir()):
-            if file.name != "previous.safetensors":
+            if file.name != PREVIOUS and not file.name.startswith("."):  # what a killed write left
                 atomic_write(self.out / file.name, file.read_bytes())
         for folder in (self.folder, self.abandoned):
             shutil.rmtree(folder, ignore_errors=True)
@@ -146,7 +149,7 @@ class Run:
 def program(arguments: argparse.Namespace) -> tuple[list[Check], dict[str, Any]]:
     recipe = RECIPES[arguments.data]
     recipe = replace(recipe, epochs=arguments.epochs or recipe.epochs)
-    train_images, train_labels, *test = load_data(arguments.data, arguments.root)
+    train_images, train_labels, test_images, test_labels = load_data(arguments.data, arguments.root)
     tinytorch.manual_seed(arguments.seed)
     train, validation = make_batches(train_images, train_labels, recipe, arguments.seed)
     work = Run(arguments.out)
@@ -157,19 +160,19 @@ def program(arguments: argparse.Namespace) -> tuple[list[Check], dict[str, Any]]
 
     parameters = sum(p.numel() for p in trainer.model.parameters())
     widths = "-".join(str(width) for width in (train_images[0].size, *recipe.hidden, 10))
-    print(f"A network {widths} of {parameters:,} parameters learns {arguments.data}: {len(train.labels):,} pictures\n"
-          f"for training, {len(validation.labels):,} for validation, {len(test[1]):,} for the test\n"
+    print(f"A network {widths} of {parameters:,} parameters learns {recipe.title}: {len(train.labels):,} pictures\n"
+          f"for training, {len(validation.labels):,} for validation, {len(test_labels):,} for the test\n"
           "each line: training/validation")  # fmt: skip
     started = time.perf_counter()
     try:
         trainer.fit(train, recipe.epochs, validation)
+        seconds = time.perf_counter() - started
+        test_accuracy = examine(trainer, test_images, test_labels, recipe.title, work.folder)
     except KeyboardInterrupt:
         say_how_to_resume(work, arguments.argv)
         raise
-    seconds = time.perf_counter() - started
-    test_accuracy = examine(trainer, *test, name=arguments.data, folder=work.folder)
     work.publish()
-    return [Check(f"test accuracy on {arguments.data}", test_accuracy, least=recipe.threshold)], {
+    return [Check(f"test accuracy on {recipe.title}", test_accuracy, least=recipe.threshold)], {
         "data": arguments.data,
         "network": widths,
         "parameters": parameters,
@@ -189,7 +192,10 @@ def continue_or_begin(trainer: Trainer, settings: Settings, work: Run, resume: b
             print(f"there is no interrupted run in {work.out}: this one begins anew")
         return
     settings.check(state, work.folder)
-    trainer.load_state_dict(state)
+    try:
+        trainer.load_state_dict(state)
+    except (KeyError, RuntimeError, TypeError, ValueError) as error:
+        raise UsageError(f"--resume: the run in {work.folder} does not fit this program: {error}") from error
     print(f"going on after epoch {trainer.epoch}")
 
 
@@ -203,15 +209,15 @@ def say_how_to_resume(work: Run, argv: Sequence[str]) -> None:
           file=sys.stderr)  # fmt: skip
 
 
-def examine(trainer: Trainer, images: Any, labels: Any, name: str, folder: Path) -> float:
+def examine(trainer: Trainer, images: Any, labels: Any, title: str, folder: Path) -> float:
     """Read the test pictures, print and draw what came of it, and return the share that was read rightly."""
     scores = trainer.predict(Batches(images, labels, batch_size=500, shuffle=False))
     confidence, predictions = tinytorch.max(tinytorch.softmax(scores, 1), 1)
     matrix = confusion_matrix(labels, predictions, classes=10)
     print()
     print_confusion(matrix)
-    plot_curves(trainer.history, folder / "curves.png", f"The network learns {name}")
-    plot_confusion(matrix, folder / "confusion.png", title=f"Test pictures of {name}")
+    plot_curves(trainer.history, folder / "curves.png", f"A network learns {title}")
+    plot_confusion(matrix, folder / "confusion.png", title=f"Test pictures of {title}")
     plot_mistakes(images, labels, predictions, confidence, folder / "mistakes.png")
     return int(matrix.trace()) / len(labels)
 
@@ -222,8 +228,8 @@ def main(argv: Sequence[str]) -> int:
     options = Options("mlp", "Backpropagation (1986) teaches a network to read handwritten digits.", epochs=epochs,
                       example="--data mnist --root ~/mnist")  # fmt: skip
     options.add_argument("--data", choices=list(RECIPES), default="digits", help="what to learn (digits)")
-    options.add_argument("--root", type=Path, metavar="DIR", help="folder with MNIST's four files; else it is downloaded")
-    options.add_argument("--resume", action="store_true", help="go on with the run that was interrupted, if there is one")
+    options.add_argument("--root", type=Path, metavar="DIR", help="folder with MNIST's files (else a download)")
+    options.add_argument("--resume", action="store_true", help="go on with an interrupted run, if there is one")
     options.set_defaults(argv=list(argv))
     return run(options, argv, program)
 

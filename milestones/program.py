@@ -6,6 +6,7 @@ import argparse
 import json
 import platform
 import sys
+import tempfile
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, redirect_stdout
 from dataclasses import asdict, dataclass
@@ -40,11 +41,12 @@ class Options(argparse.ArgumentParser):
             epilog=f"Example: tinytorch milestone run {name} {example}",
             allow_abbrev=False,
         )
-        self.add_argument("--epochs", type=whole(1), metavar="N", help=f"how often to go through the data ({epochs})")
-        self.add_argument("--seed", type=whole(0), default=0, metavar="N", help="where all chance begins (0)")
-        self.add_argument("--device", metavar="NAME", help="where to compute: cpu, cuda, cuda:1 (TINYTORCH_DEVICE or cpu)")  # fmt: skip
-        self.add_argument("--out", type=Path, default=Path("runs", name), metavar="DIR", help=f"folder for what is written (runs/{name})")  # fmt: skip
-        self.add_argument("--json", action="store_true", help="print the report as JSON, and text to standard error")
+        add, out = self.add_argument, Path("runs", name)
+        add("--epochs", type=whole(1), metavar="N", help=f"how often to go through the data ({epochs})")
+        add("--seed", type=whole(0), default=0, metavar="N", help="where all chance begins (0)")
+        add("--device", metavar="NAME", help="where to compute: cpu, cuda, cuda:1 (TINYTORCH_DEVICE or cpu)")
+        add("--out", type=Path, default=out, metavar="DIR", help=f"folder for what is written ({out.as_posix()})")
+        add("--json", action="store_true", help="print the report as JSON, and text to standard error")
 
     def error(self, message: str) -> NoReturn:
         self.exit(2, f"{self.name}: {message}; see: {self.prog} --help\n")
@@ -100,10 +102,10 @@ def run(options: Options, argv: Sequence[str], program: Program) -> int:
     output = sys.stdout
     try:
         with redirect_stdout(sys.stderr if arguments.json else output), default_device(arguments.device):
+            claim(arguments.out)
             checks, findings = program(arguments)
             report = {**header(options.name, arguments, checks), **findings}
             text = json.dumps(report, indent=2) + "\n"
-            arguments.out.mkdir(parents=True, exist_ok=True)
             atomic_write(arguments.out / "report.json", text.encode())
             print(f"\nreport and figures: {arguments.out}")
             for check in checks:
@@ -114,6 +116,15 @@ def run(options: Options, argv: Sequence[str], program: Program) -> int:
     if arguments.json:
         print(text, end="")
     return 0 if report["passed"] else 1
+
+
+def claim(out: Path) -> None:
+    """Make the folder for what is written; UsageError, before any work is done, where that cannot be."""
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+        tempfile.TemporaryFile(dir=out).close()
+    except OSError as error:
+        raise UsageError(f"--out {out}: cannot write there: {error.strerror}; choose another folder") from error
 
 
 @contextmanager

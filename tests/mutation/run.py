@@ -58,7 +58,7 @@ class Copy:
 
     def __init__(self, folder: Path) -> None:
         self.folder = Path(shutil.copytree(ROOT, folder.resolve(), ignore=shutil.ignore_patterns(*LEFT_OUT)))
-        self.faults_planted = 0
+        self.versions = 0
         self._check_what_is_imported()
 
     def _run(self, *arguments: str, **environment: str) -> subprocess.CompletedProcess[str]:
@@ -89,14 +89,19 @@ class Copy:
     @contextmanager
     def planted(self, fault: Fault) -> Iterator[None]:
         """The copy with a fault in it."""
-        file, self.faults_planted = self.folder / fault.file, self.faults_planted + 1
-        file.write_text(fault.planted(file.read_text(encoding="utf-8")), encoding="utf-8")
-        # Python knows compiled files by the source's seconds and size: each version gets seconds of its own.
-        os.utime(file, (self.faults_planted, self.faults_planted))
+        file = self.folder / fault.file
+        source = file.read_text(encoding="utf-8")
+        self._write(file, fault.planted(source))
         try:
             yield
         finally:
-            shutil.copy2(ROOT / fault.file, file)
+            self._write(file, source)
+
+    def _write(self, file: Path, text: str) -> None:
+        file.write_text(text, encoding="utf-8", newline="\n")
+        # Python knows what it compiled by the source's size and seconds: each version gets seconds of its own.
+        self.versions += 1
+        os.utime(file, (self.versions, self.versions))
 
 
 def try_fault(copy: Copy, fault: Fault) -> Verdict:
