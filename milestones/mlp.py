@@ -25,10 +25,10 @@ import tinytorch
 from tinytorch import Trainer, nn, optim
 from tinytorch.m01_setup import atomic_write
 from tinytorch.m08_training import LAST, PREVIOUS, Callback, accuracy, read_checkpoint
-from tinytorch.m08_training_appendix import Checkpointing, History, ProgressBar
+from tinytorch.m08_training_appendix import Checkpointing, History, ProgressBar, plot_history
 from tinytorch.milestones.datasets import Arrays, Batches, digits, mnist
 from tinytorch.milestones.program import Check, Options, UsageError, run
-from tinytorch.milestones.report import confusion_matrix, plot_confusion, plot_curves, plot_mistakes, print_confusion
+from tinytorch.milestones.report import confusion_matrix, plot_confusion, plot_mistakes, print_confusion
 
 
 @dataclass(frozen=True)
@@ -216,7 +216,7 @@ def examine(trainer: Trainer, images: Any, labels: Any, title: str, folder: Path
     matrix = confusion_matrix(labels, predictions, classes=10)
     print()
     print_confusion(matrix)
-    plot_curves(trainer.history, folder / "curves.png", f"A network learns {title}")
+    plot_history(trainer.history, folder / "curves.png", f"A network learns {title}")
     plot_confusion(matrix, folder / "confusion.png", title=f"Test pictures of {title}")
     plot_mistakes(images, labels, predictions, confidence, folder / "mistakes.png")
     return int(matrix.trace()) / len(labels)

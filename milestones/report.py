@@ -7,7 +7,6 @@ a line's style, a marker's shape or a number says it too.
 
 from __future__ import annotations
 
-import io
 import math
 import os
 import shutil
@@ -17,93 +16,14 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from tinytorch.m01_setup import atomic_write, to_numpy
+from tinytorch.m01_setup import to_numpy
+from tinytorch.m01_setup_appendix import BLUE, GREY, ORANGE, new_figure, save_figure
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
-    from matplotlib.figure import Figure
 
-BLUE, ORANGE, GREY = "#0072B2", "#D55E00", "#5F5F5F"
 CLASS_COLOURS = (BLUE, ORANGE, "#009E73", "#CC79A7", "#E69F00", "#56B4E9")
 CLASS_MARKERS = "osD^vP"
-
-
-def _figure(width: float, height: float, title: str) -> Figure:
-    """A figure of this size in inches. It belongs to nobody else: no global state of matplotlib is touched."""
-    from matplotlib.figure import Figure
-    from matplotlib.layout_engine import ConstrainedLayoutEngine
-
-    layout = ConstrainedLayoutEngine(w_pad=0.1, h_pad=0.1)
-    figure = Figure((width, height), dpi=120, layout=layout, facecolor="white")
-    figure.suptitle(title, fontsize=13, fontweight="bold")
-    return figure
-
-
-def _save(figure: Figure, path: str | os.PathLike) -> Path:
-    """Write a figure in the format that the name asks for, by default PNG."""
-    path, buffer = Path(path), io.BytesIO()
-    figure.savefig(buffer, format=path.suffix[1:] or "png")
-    path.parent.mkdir(parents=True, exist_ok=True)
-    atomic_write(path, buffer.getvalue())
-    return path
-
-
-# -- curves ------------------------------------------------------------------------------------------------------------
-
-
-def plot_curves(
-    history: Sequence[dict], path: str | os.PathLike, title: str = "Training", loss: str = "cross-entropy (nats)"
-) -> Path:
-    """Draw loss and accuracy over the epochs, and the learning rate if it changed; returns the path written.
-
-    Args:
-        history: for each epoch a dict with "epoch" and any of "loss", "accuracy", "val_loss", "val_accuracy", "lr".
-            Accuracies are between 0 and 1. What is missing, None or not finite leaves a gap.
-        loss: what the loss is, with its unit.
-    """
-    if not history:
-        raise ValueError("plot_curves: the history holds no epoch")
-    from matplotlib.ticker import MaxNLocator
-
-    panels = [("loss", loss, 1), ("accuracy", "accuracy (%)", 100), ("lr", "learning rate", 1)]
-    epochs = np.array([row["epoch"] for row in history])
-    shown = [panel for panel in panels if _has_news(history, panel[0])]
-    figure = _figure(4.6 * max(len(shown), 1), 3.8, title)
-    for axes, (key, label, scale) in zip(figure.subplots(1, len(shown), squeeze=False)[0], shown, strict=True):
-        for prefix, name, colour, style in (("", "training", BLUE, "-"), ("val_", "validation", ORANGE, "--")):
-            values = scale * _column(history, prefix + key)
-            if np.isfinite(values).any():
-                marker = "o" if len(history) <= 30 else None
-                axes.plot(epochs, values, style, color=colour, label=name, marker=marker, markersize=3.5, linewidth=1.8)
-        _dress(axes, "epoch", label)
-        axes.xaxis.set_major_locator(MaxNLocator(integer=True, min_n_ticks=1))
-        if len(history) == 1:
-            axes.set_xlim(epochs[0] - 1, epochs[0] + 1)
-        if len(axes.lines) > 1:
-            axes.legend(frameon=False)
-        elif key != "lr" and axes.lines:
-            axes.set_title(axes.lines[0].get_label(), fontsize=10, color=GREY)
-    return _save(figure, path)
-
-
-def _has_news(history: Sequence[dict], key: str) -> bool:
-    """Whether a panel is worth drawing: losses and accuracies where there are any, the learning rate if it changed."""
-    if key == "lr":
-        return len({row.get("lr") for row in history}) > 1
-    return any(np.isfinite(_column(history, prefix + key)).any() for prefix in ("", "val_"))
-
-
-def _column(history: Sequence[dict], key: str) -> np.ndarray:
-    """One value for each epoch; NaN where there is none."""
-    return np.array([row.get(key) for row in history], float)  # None becomes NaN
-
-
-def _dress(axes: Axes, x_label: str, y_label: str) -> None:
-    axes.set(xlabel=x_label, ylabel=y_label)
-    axes.spines[["top", "right"]].set_visible(False)
-    axes.grid(color="#E4E4E4", linewidth=0.8)
-    axes.set_axisbelow(True)
-
 
 # -- confusion ---------------------------------------------------------------------------------------------------------
 
@@ -186,7 +106,7 @@ def plot_confusion(
     shares = matrix / np.maximum(matrix.sum(axis=1, keepdims=True), 1)
     shares[mistakes] /= shares[mistakes].max(initial=0) or 1
     side = min(max(4.5, 1.6 + 0.52 * count), 12)
-    figure = _figure(side, side + 0.3, title)
+    figure = new_figure(side, side + 0.3, title)
     axes = figure.subplots()
     for hidden, colours in ((mistakes, "Blues"), (~mistakes, "Oranges")):
         axes.imshow(np.ma.array(shares, mask=hidden | (matrix == 0)), cmap=colours, vmin=0, vmax=1.3)
@@ -204,7 +124,7 @@ def plot_confusion(
     axes.tick_params(which="both", length=0)
     axes.spines[:].set_visible(False)
     axes.set_title(f"{np.trace(matrix):,} of {matrix.sum():,} right", fontsize=10, color=GREY)
-    return _save(figure, path)
+    return save_figure(figure, path)
 
 
 # -- decisions in the plane --------------------------------------------------------------------------------------------
@@ -222,7 +142,7 @@ def plot_decision(
     points, labels = to_numpy(points).astype(np.float32), to_numpy(labels).reshape(-1).astype(int)
     if points.ndim != 2 or points.shape[1] != 2 or len(points) != len(labels) or not len(points):
         raise ValueError(f"plot_decision: expected points (N, 2) and labels (N,), got {points.shape}, {labels.shape}")
-    figure = _figure(5.2, 5.2, title)
+    figure = new_figure(5.2, 5.2, title)
     axes = figure.subplots()
     decided = _draw_regions(axes, predict, points)
     for kind in np.unique(labels):
@@ -237,7 +157,7 @@ def plot_decision(
     axes.set_title(f"{len(points) - len(wrong):,} of {len(points):,} points right", fontsize=10, color=GREY)
     axes.set(xlabel="first input", ylabel="second input")
     figure.legend(loc="outside lower center", ncols=4, frameon=False)
-    return _save(figure, path)
+    return save_figure(figure, path)
 
 
 def _draw_regions(axes: Axes, predict: Callable, points: np.ndarray, steps: int = 300) -> np.ndarray:
@@ -291,7 +211,7 @@ def plot_mistakes(
     chosen = wrong[np.argsort(-confidence[wrong], kind="stable")][:count]
     columns = max(3, math.ceil(math.sqrt(len(chosen))))
     rows = math.ceil(len(chosen) / columns)
-    figure = _figure(1.35 * columns, 1.65 * rows + 1.0, title)
+    figure = new_figure(1.35 * columns, 1.65 * rows + 1.0, title)
     share = f"{len(wrong):,} of {len(labels):,} read wrongly" + (f", {len(chosen)} shown" if len(chosen) else "")
     figure.supxlabel(share, fontsize=10, color=GREY)
     for place, i in enumerate(chosen, start=1):
@@ -300,7 +220,7 @@ def plot_mistakes(
         axes.spines[:].set_color("#C8C8C8")
         label, prediction = (class_names[k] if class_names is not None else k for k in (labels[i], predictions[i]))
         axes.set_title(f"{label}, read as {prediction}\n{100 * confidence[i]:.0f} % sure", fontsize=8)
-    return _save(figure, path)
+    return save_figure(figure, path)
 
 
 def _picture(image: np.ndarray) -> np.ndarray:

@@ -1,6 +1,7 @@
-"""Appendix to module 01: the doctor's checks of BLAS, the processor, Numba, CuPy, the GPUs and matplotlib.
+"""Appendix to module 01: the doctor's checks of BLAS, the processor, Numba, CuPy, the GPUs and matplotlib; and figures.
 
-Each check imports what it examines only when it runs, and expects that to fail in any way.
+Each check imports what it examines only when it runs, and expects that to fail in any way. Figures are drawn with
+matplotlib, which is imported with the first one.
 """
 
 from __future__ import annotations
@@ -9,6 +10,7 @@ import ctypes
 import importlib
 import importlib.metadata
 import importlib.util
+import io
 import os
 import re
 from collections.abc import Iterator
@@ -16,11 +18,15 @@ from contextlib import contextmanager, suppress
 from functools import cache
 from pathlib import Path
 from types import ModuleType
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from tinytorch.m01_setup import Finding, check, first_line
+from tinytorch.m01_setup import Finding, atomic_write, check, first_line
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
 
 # -- BLAS and the processor ------------------------------------------------------------------------------------------
 
@@ -247,3 +253,37 @@ def cupy_distributions() -> list[str]:
 
 def _text(value: str | bytes) -> str:
     return value.decode() if isinstance(value, bytes) else value  # bytes in older versions of pynvml
+
+
+# -- figures -----------------------------------------------------------------------------------------------------------
+
+BLUE, ORANGE, GREY = "#0072B2", "#D55E00", "#5F5F5F"  # of Okabe and Ito's colours, which colour-blind people tell apart
+
+
+def new_figure(width: float, height: float, title: str = "") -> Figure:
+    """A figure of this size in inches. It belongs to nobody else: no global state of matplotlib is touched."""
+    from matplotlib.figure import Figure
+    from matplotlib.layout_engine import ConstrainedLayoutEngine
+
+    layout = ConstrainedLayoutEngine(w_pad=0.1, h_pad=0.1)
+    figure = Figure((width, height), dpi=120, layout=layout, facecolor="white")
+    if title:
+        figure.suptitle(title, fontsize=13, fontweight="bold")
+    return figure
+
+
+def dress_axes(axes: Axes, x_label: str, y_label: str) -> None:
+    """Labels, a light grid, and no frame where nothing is measured."""
+    axes.set(xlabel=x_label, ylabel=y_label)
+    axes.spines[["top", "right"]].set_visible(False)
+    axes.grid(color="#E4E4E4", linewidth=0.8)
+    axes.set_axisbelow(True)
+
+
+def save_figure(figure: Figure, path: str | os.PathLike) -> Path:
+    """Write a figure, whole or not at all, in the format that the name asks for, by default PNG."""
+    path, buffer = Path(path), io.BytesIO()
+    figure.savefig(buffer, format=path.suffix[1:] or "png")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    atomic_write(path, buffer.getvalue())
+    return path

@@ -17,7 +17,7 @@ from typing import Any
 
 from tinytorch import m02_tensor_appendix as m02
 from tinytorch.backends import backend_of, rng_state, set_rng_state
-from tinytorch.m01_setup import atomic_write
+from tinytorch.m01_setup_appendix import new_figure, save_figure
 from tinytorch.m02_tensor import (
     Op,
     Tensor,
@@ -680,16 +680,13 @@ def draw(result: Tensor, path: str | Path = "graph.png", names: dict[str, Tensor
     """
     if not result.watched:
         raise RuntimeError(f"draw: this tensor (shape {result.shape}) was not recorded; there is no graph to draw")
-    from matplotlib.backends.backend_agg import FigureCanvasAgg  # takes a second to import
-    from matplotlib.figure import Figure
-
     layers, edges = graph_edges(result)
     places = _arranged(layers, edges)
     known = {id(leaf_of(x)): name for name, x in (names or {}).items() if x.watched}
     width = builtins.max(x for x, _ in places.values()) + 1
     depth = builtins.max(layers.values()) + 1
-    figure = Figure(figsize=(2.0 * width + 0.6, 0.85 * depth + 0.6))
-    FigureCanvasAgg(figure)
+    figure = new_figure(2.0 * width + 0.6, 0.85 * depth + 0.6)
+    figure.set_layout_engine("none")
     axes = figure.add_axes((0, 0, 1, 1))
     axes.set(xlim=(-0.65, width - 0.35), ylim=(-depth + 0.3, 0.7))
     axes.axis("off")
@@ -700,14 +697,12 @@ def draw(result: Tensor, path: str | Path = "graph.png", names: dict[str, Tensor
             "boxstyle": "round,pad=0.4" if leaf else "square,pad=0.4",
             "facecolor": "#fde9c9" if leaf else "#d6e6f5", "edgecolor": "#555555", "linewidth": 0.8})  # fmt: skip
         boxes[node] = text.get_bbox_patch()
-    figure.canvas.draw()  # gives the boxes their sizes, at which the arrows end
+    figure.draw_without_rendering()  # gives the boxes their sizes, at which the arrows end
     for child, parent in edges:  # arrows point the way that values flow
         axes.annotate("", places[child], places[parent], arrowprops={
             "arrowstyle": "-|>", "color": "#777777", "linewidth": 1, "shrinkA": 0, "shrinkB": 0,
             "patchA": boxes[parent], "patchB": boxes[child]})  # fmt: skip
-    path = Path(path)
-    atomic_write(path, lambda file: figure.savefig(file, format=path.suffix.lstrip(".") or "png", dpi=120))
-    return path
+    return save_figure(figure, path)
 
 
 def _label(node: Any, known: dict[int, str]) -> str:

@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from tinytorch.m01_setup import atomic_write
+from tinytorch.m01_setup_appendix import BLUE, ORANGE, dress_axes, new_figure, save_figure
 from tinytorch.m02_tensor import Tensor, eq, gt
 from tinytorch.m07_optimizers_appendix import EMA
 from tinytorch.m08_training import LAST, PREVIOUS, Callback, Trainer, read_checkpoint
@@ -258,33 +259,42 @@ def read_history(path: str | os.PathLike) -> list[dict[str, Any]]:
     return rows
 
 
-def plot_history(history: Sequence[Mapping[str, Any]] | str | os.PathLike, path: str | os.PathLike) -> Path:
-    """Draw each column over the epochs, training and validation in one panel; returns the path of the PNG.
+def plot_history(
+    history: Sequence[Mapping[str, Any]] | str | os.PathLike, path: str | os.PathLike, title: str = "Training"
+) -> Path:
+    """Draw each column over the epochs, training and validation in one panel; returns the path of the picture.
+
+    Accuracies are shown in per cent, the learning rate if it changed. What is missing or not finite leaves a gap.
 
     Args:
         history: rows, as `fit` returns them, or the file that `History` wrote.
     """
-    from matplotlib.figure import Figure
+    from matplotlib.ticker import MaxNLocator
 
     rows = read_history(history) if isinstance(history, (str, os.PathLike)) else history
     if not rows:
         raise ValueError("plot_history: the history holds no epoch")
-    names = [name for name in rows[0] if name != "epoch" and not name.startswith("val_")]
-    figure = Figure((4.2 * len(names), 3.6), dpi=120, layout="constrained")
     epochs = [row["epoch"] for row in rows]
-    for axes, name in zip(figure.subplots(1, len(names), squeeze=False)[0], names, strict=True):
-        for column, label, style in ((name, "training", "o-"), (f"val_{name}", "validation", "s--")):
-            values = [math.nan if row.get(column) is None else row[column] for row in rows]
-            if column in rows[0]:
-                axes.plot(epochs, values, style, label=label, markersize=3)
-        axes.set(xlabel="epoch", ylabel=name)
-        axes.grid(alpha=0.3)
-        axes.xaxis.get_major_locator().set_params(integer=True)
+    names = dict.fromkeys(name.removeprefix("val_") for row in rows for name in row if name != "epoch")
+    shown = [name for name in names if name != "lr" or len({row.get("lr") for row in rows}) > 1]
+    figure = new_figure(4.6 * len(shown), 3.8, title)
+    for axes, name in zip(figure.subplots(1, len(shown), squeeze=False)[0], shown, strict=True):
+        scale, label = (100, f"{name} (%)") if "accuracy" in name else (1, {"lr": "learning rate"}.get(name, name))
+        for column, kind, colour, style in ((name, "training", BLUE, "-"), (f"val_{name}", "validation", ORANGE, "--")):
+            values = [scale * _number(row.get(column)) for row in rows]
+            if not all(map(math.isnan, values)):
+                marker = "o" if len(rows) <= 30 else None
+                axes.plot(epochs, values, style, color=colour, label=kind, marker=marker, markersize=3.5, linewidth=1.8)
+        dress_axes(axes, "epoch", label)
+        axes.xaxis.set_major_locator(MaxNLocator(integer=True, min_n_ticks=1))
         if len(axes.lines) > 1:
             axes.legend(frameon=False)
-    Path(path).parent.mkdir(parents=True, exist_ok=True)
-    atomic_write(path, lambda file: figure.savefig(file, format="png"))
-    return Path(path)
+    return save_figure(figure, path)
+
+
+def _number(value: Any) -> float:
+    """A value to be drawn; nan, which leaves a gap, for none and for infinity."""
+    return value if value is not None and math.isfinite(value) else math.nan
 
 
 class LearningRateLog(Callback):

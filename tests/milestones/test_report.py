@@ -18,7 +18,6 @@ from tinytorch.milestones import report
 from tinytorch.milestones.report import (
     confusion_matrix,
     plot_confusion,
-    plot_curves,
     plot_decision,
     plot_mistakes,
     print_confusion,
@@ -29,64 +28,19 @@ from tinytorch.milestones.report import (
 def drawn(monkeypatch: pytest.MonkeyPatch) -> list[Figure]:
     """The figures that were saved, to look into."""
     figures: list[Figure] = []
-    save = report._save
+    save = report.save_figure
 
     def keep(figure: Figure, path: Path) -> Path:
         figures.append(figure)
         return save(figure, path)
 
-    monkeypatch.setattr(report, "_save", keep)
+    monkeypatch.setattr(report, "save_figure", keep)
     return figures
-
-
-def history(epochs: int, seed: int = 0, **constant: float) -> list[dict]:
-    generator = np.random.default_rng(seed)
-    names = ("loss", "accuracy", "val_loss", "val_accuracy", "lr")
-    return [
-        {"epoch": e, **dict(zip(names, generator.random(5), strict=True)), **constant} for e in range(1, epochs + 1)
-    ]
 
 
 def is_picture(path: Path) -> bool:
     """Whether a file is a PNG that is not of one colour."""
     return imread(path)[..., :3].std() > 0.01
-
-
-# -- curves ------------------------------------------------------------------------------------------------------------
-
-
-def test_curves_show_the_numbers_of_the_history(drawn: list, tmp_path: Path) -> None:
-    rows = history(12)
-    path = plot_curves(rows, tmp_path / "new" / "folder" / "curves.png", title="A run")
-    assert is_picture(path)
-    loss, accuracy, rate = drawn[0].axes
-    assert drawn[0].get_suptitle() == "A run"
-    assert (loss.get_ylabel(), accuracy.get_ylabel()) == ("cross-entropy (nats)", "accuracy (%)")
-    assert {axes.get_xlabel() for axes in drawn[0].axes} == {"epoch"}
-    shown = {(i, line.get_label()): line for i, axes in enumerate(drawn[0].axes) for line in axes.lines}
-    expected = {(0, "training"): "loss", (0, "validation"): "val_loss", (1, "training"): "accuracy",
-                (1, "validation"): "val_accuracy", (2, "training"): "lr"}  # fmt: skip
-    assert shown.keys() == expected.keys()
-    for key, name in expected.items():
-        scale = 100 if "accuracy" in name else 1
-        assert shown[key].get_xdata().tolist() == [row["epoch"] for row in rows]
-        assert np.allclose(shown[key].get_ydata(), [scale * row[name] for row in rows])
-    assert shown[0, "training"].get_linestyle() != shown[0, "validation"].get_linestyle()
-    assert rate.get_legend() is None
-
-
-def test_curves_leave_out_what_there_is_not(drawn: list, tmp_path: Path) -> None:
-    rows = [{"epoch": e, "loss": 1 / e, "val_loss": None, "lr": 0.1} for e in range(1, 6)]
-    rows[2]["loss"] = float("nan")
-    rows[3]["loss"] = float("inf")
-    plot_curves(rows, tmp_path / "curves.png")
-    (axes,) = drawn[0].axes
-    (line,) = axes.lines
-    assert np.isfinite(line.get_ydata()).tolist() == [True, True, False, False, True]
-    assert is_picture(plot_curves(history(1), tmp_path / "one.png"))
-    assert is_picture(plot_curves(history(500, lr=0.1), tmp_path / "many.png"))
-    with pytest.raises(ValueError, match="no epoch"):
-        plot_curves([], tmp_path / "none.png")
 
 
 # -- confusion ---------------------------------------------------------------------------------------------------------
@@ -266,7 +220,7 @@ def test_no_mistakes_and_few_mistakes(drawn: list, tmp_path: Path) -> None:
 
 
 def test_an_old_figure_survives_a_failure(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    path = plot_curves(history(3), tmp_path / "curves.png")
+    path = plot_confusion(np.eye(3, dtype=int), tmp_path / "figure.png")
     before = path.read_bytes()
 
     def fail(*_: object) -> None:
@@ -276,14 +230,15 @@ def test_an_old_figure_survives_a_failure(tmp_path: Path, monkeypatch: pytest.Mo
         with monkeypatch.context() as patched:
             patched.setattr(place, fail)
             with pytest.raises(OSError, match="the disk is full"):
-                plot_curves(history(4), path)
+                plot_confusion(np.eye(4, dtype=int), path)
     assert path.read_bytes() == before
     assert list(tmp_path.iterdir()) == [path]
 
 
 def test_the_name_decides_the_format(tmp_path: Path) -> None:
-    assert b"<svg" in plot_curves(history(3), tmp_path / "curves.svg").read_bytes()
-    assert plot_curves(history(3), tmp_path / "curves").read_bytes().startswith(b"\x89PNG")
+    matrix = np.eye(3, dtype=int)
+    assert b"<svg" in plot_confusion(matrix, tmp_path / "figure.svg").read_bytes()
+    assert plot_confusion(matrix, tmp_path / "figure").read_bytes().startswith(b"\x89PNG")
 
 
 def test_drawing_leaves_matplotlib_as_it_was(tmp_path: Path) -> None:
