@@ -80,19 +80,20 @@ IMPORT_PROGRAM = "import time; start = time.perf_counter(); import {}; print(tim
 
 
 def time_of(call: Callable[[], Any], budget: float = 1.0) -> float:
-    """Median seconds of a call over samples of at least 2 ms each, after a warm-up of a fifth of the budget."""
-    start, count = time.perf_counter(), 0
-    while time.perf_counter() - start < budget / 5:
-        call()
-        count += 1
-    calls = max(1, int(count * 0.002 / (budget / 5)))
-    samples = []
-    while time.perf_counter() - start < budget:
+    """Median seconds of a call: samples of about 2 ms each, for `budget` seconds and at least seven."""
+    one = statistics.median(samples(call, 1, budget / 3))  # a warm-up: the first calls load code and start threads
+    return statistics.median(samples(call, max(1, int(0.002 / one)), budget))
+
+
+def samples(call: Callable[[], Any], calls: int, budget: float) -> list[float]:
+    """Seconds of a call, each a mean over `calls` of them."""
+    start, found = time.perf_counter(), list[float]()
+    while time.perf_counter() - start < budget or len(found) < 7:
         before = time.perf_counter()
         for _ in range(calls):
             call()
-        samples.append((time.perf_counter() - before) / calls)
-    return statistics.median(samples)
+        found.append((time.perf_counter() - before) / calls)
+    return found
 
 
 def measure(library: str, case: str) -> float:

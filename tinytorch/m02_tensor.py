@@ -614,10 +614,8 @@ def maximum(xp, a, b):
 
 def _operators(name: str, operation: Op) -> dict[str, Callable]:
     """The methods by which Python finds `tensor + other` and `other + tensor`."""
-    return {
-        f"__{name}__": lambda self, other: operation(self, other),
-        f"__r{name}__": lambda self, other: operation(other, self),
-    }
+    call = operation.__call__
+    return {f"__{name}__": lambda self, other: call(self, other), f"__r{name}__": lambda self, other: call(other, self)}
 
 
 SIGNS = {"add": add, "sub": sub, "mul": mul, "truediv": div, "pow": pow}
