@@ -171,7 +171,12 @@ def test_ctrl_c_ends_with_130_and_one_line(root: Path, tmp_path: Path) -> None:
         "Milestone.run = run; cli.main(['milestone', 'run'])"
     )
     process = subprocess.Popen(
-        [sys.executable, "-c", code], cwd=root, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+        [sys.executable, "-c", code],
+        cwd=root,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),  # a shell's background jobs ignore it
     )
     assert process.stdout is not None
     assert process.stdout.readline() == "running\n"

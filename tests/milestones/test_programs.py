@@ -42,7 +42,14 @@ def is_picture(path: Path) -> bool:
 def interrupted_run(root: Path, out: Path, after: str, *arguments: str) -> tuple[int, str, str]:
     """Run the mlp in a process and press Ctrl-C at the first line that begins with `after`."""
     command = [sys.executable, "-m", "tinytorch", "milestone", "run", "mlp", "--out", str(out), *arguments]
-    process = subprocess.Popen(command, cwd=root, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    process = subprocess.Popen(
+        command,
+        cwd=root,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),  # a shell's background jobs ignore it
+    )
     assert process.stdout is not None
     lines = []
     for line in process.stdout:
