@@ -912,7 +912,7 @@ def analyze() -> None:
 # ## Production context
 #
 # PyTorch's `torch.Tensor` is a handle on a C++ `TensorImpl` (sizes, strides, offset) over a `Storage`. Its door is the
-# *dispatcher*: each call goes through a table of keys (Autograd, Autocast, CUDA, CPU), and `__torch_dispatch__` lets
+# *dispatcher*: each call goes through a table of keys (Autocast, CUDA, CPU …), and `__torch_dispatch__` lets
 # Python stand in it, as our observers do. A call costs about a microsecond there too. What is left out here: strides
 # in the interface (they are the array library's), complex numbers, sparse and nested tensors, named axes,
 # and the JIT that would fuse several elementwise operations into one pass over memory.

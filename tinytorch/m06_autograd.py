@@ -30,7 +30,12 @@ from tinytorch.m02_tensor import (
     abs,
     add,
     amax,
+    argmax,
     attach_recorder,
+    bitwise_and,
+    bitwise_not,
+    bitwise_or,
+    bitwise_xor,
     cast,
     clone,
     concatenate,
@@ -39,13 +44,17 @@ from tinytorch.m02_tensor import (
     exp,
     expand,
     float64,
+    ge,
     getitem,
+    gt,
+    le,
     log,
     lt,
     matmul,
     maximum,
     mean,
     mul,
+    ne,
     neg,
     ones,
     op,
@@ -63,7 +72,7 @@ from tinytorch.m02_tensor import (
     where,
     zeros,
 )
-from tinytorch.m02_tensor_appendix import Writes, sign, take_along_dim
+from tinytorch.m02_tensor_appendix import Writes, sign, take_along_dim, tanh
 from tinytorch.m03_activations import log_softmax, relu, sigmoid, softmax
 from tinytorch.m04_layers import Linear, Parameter, Sequential, linear
 from tinytorch.m05_losses import cross_entropy, softmax_cross_entropy
@@ -331,6 +340,7 @@ gradient(clone,      x=lambda g: g)
 gradient(to_device,  x=lambda g, device, source: to_device(g, device=source, source=device))
 gradient(relu,       x=lambda g, out: mul(g, out > 0))
 gradient(sigmoid,    x=lambda g, out: g * (out * (1 - out)))
+gradient(tanh,       x=lambda g, out: g * (1 - out * out))
 gradient(softmax,    x=lambda g, out, dim: out * (g - sum(g * out, dim=dim, keepdim=True)))
 gradient(log_softmax, x=lambda g, out, dim: g - exp(out) * sum(g, dim=dim, keepdim=True))
 gradient(softmax_cross_entropy, targets=None, logits=lambda g, logits, targets, extras: softmax_minus_one_hot(
@@ -340,8 +350,7 @@ gradient(softmax_minus_one_hot, targets=None,           probabilities=lambda g, 
                      take_along_dim(g, unsqueeze(targets, 1), dim=1), shape=(-1,)))
 gradient(linear,     x=lambda g, weight: matmul(g, weight), weight=linear_weight_rule, bias=lambda g: g)
 # fmt: on
-non_differentiable(*(Op.registry[name] for name in ("eq", "ne", "lt", "le", "gt", "ge", "argmax")))
-non_differentiable(*(Op.registry[f"bitwise_{name}"] for name in ("and", "or", "xor", "not")))
+non_differentiable(eq, ne, lt, le, gt, ge, argmax, bitwise_and, bitwise_or, bitwise_xor, bitwise_not)
 
 
 # %% [markdown]

@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 
 from tinytorch import cli
-from tinytorch.curriculum import MODULES
+from tinytorch.curriculum import MODULES, Module
 from tinytorch.milestones import MILESTONES, Milestone
 
 
@@ -156,10 +156,12 @@ def test_doctor_without_numpy_says_so_in_one_line(root: Path, tmp_path: Path) ->
 
 
 @pytest.mark.slow
-def test_test_runs_a_module(root: Path) -> None:
-    done = start(root, "test", "01")
+@pytest.mark.parametrize("module", MODULES, ids=lambda module: module.file)
+def test_test_runs_a_module_and_its_checkpoint_alone(module: Module, root: Path) -> None:
+    done = start(root, "test", f"{module.number:02}")
     assert done.returncode == 0, done.stdout + done.stderr
-    assert "ok    test_assert_close_names_the_worst_element" in done.stdout
+    assert "ok    test_" in done.stdout
+    assert f"Checkpoint: {module.checkpoint}" in done.stdout
     assert "GFLOP/s" not in done.stdout
 
 

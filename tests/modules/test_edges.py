@@ -1,10 +1,11 @@
-"""Edges of modules 01 to 06 where a small mistake would hide from tests of the usual case."""
+"""Edges of the modules where a small mistake would hide from tests of the usual case."""
 
 from __future__ import annotations
 
 import math
 import os
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -14,10 +15,20 @@ import tinytorch.nn.functional as F
 from tinytorch import nn
 from tinytorch.m01_setup import assert_close, atomic_write
 from tinytorch.m04_layers import overwrite
+from tinytorch.m08_training_appendix import Checkpointing, EarlyStopping
 from tinytorch.utils.checkpoint import checkpoint
 
 RNG = np.random.default_rng(21)
 CHANGED = "changed in place"
+
+# -- numbers -----------------------------------------------------------------------------------------------------------
+
+
+def test_numpys_scalars_are_as_weak_as_pythons() -> None:
+    x = t.ones(2)
+    for y in (x * np.float64(0.5), np.float64(0.5) * x, x + np.pi * np.float64(1), x.maximum(np.float64(3))):
+        assert y.dtype == t.float32
+
 
 # -- files -------------------------------------------------------------------------------------------------------------
 
@@ -148,12 +159,14 @@ def test_a_gradient_that_is_a_kept_value_may_not_be_clipped() -> None:
 
 
 def test_computing_again_leaves_the_random_numbers_that_follow() -> None:
-    x, after = t.ones(50, requires_grad=True), []
+    x, drawn = t.ones(50, requires_grad=True), []
     for call in (checkpoint, lambda function, x: function(x)):
         t.manual_seed(4)
-        call(F.dropout, x).sum().backward()
-        after.append(t.rand(5).tolist())
-    assert after[0] == after[1]
+        y = call(F.dropout, x).sum()
+        between = t.rand(5).tolist()
+        y.backward()
+        drawn.append([between, t.rand(5).tolist()])
+    assert drawn[0] == drawn[1]
 
 
 def test_a_modules_gradients_can_be_set_to_zero() -> None:
@@ -163,3 +176,24 @@ def test_a_modules_gradients_can_be_set_to_zero() -> None:
     assert layer.weight.grad.tolist() == [[0, 0]]
     layer.zero_grad()
     assert layer.weight.grad is None
+
+
+# -- training ----------------------------------------------------------------------------------------------------------
+
+
+def test_only_bad_epochs_in_a_row_end_training() -> None:
+    stopping, stopped = EarlyStopping(patience=2), []
+    trainer = SimpleNamespace(model=nn.Linear(1, 1), history=[], stop=False)
+    for loss in (5.0, 6.0, 4.0, 6.0, 4.5):
+        trainer.history.append({"loss": loss})
+        stopping.on_epoch_end(trainer)
+        stopped.append(trainer.stop)
+    assert stopped == [False, False, False, False, True]
+
+
+def test_a_resumed_run_knows_its_best_epoch(tmp_path: Path) -> None:
+    first, resumed = Checkpointing(tmp_path), Checkpointing(tmp_path)
+    assert first.best.improved({"loss": 1.0})
+    resumed.load_state_dict(first.state_dict())
+    assert not resumed.best.improved({"loss": 2.0})
+    assert resumed.best.improved({"loss": 0.5})

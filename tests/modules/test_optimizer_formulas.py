@@ -98,7 +98,7 @@ def adamw(w: float, grads: list[float], weight_decay=0.01, **options: Any) -> fl
         (Adagrad, adagrad, {"lr_decay": 0.5, "initial_accumulator_value": 0.2, "eps": 0.1}),
         (Lion, lion, {"betas": (0.5, 0.9), "weight_decay": 0.3}),
     ],
-    ids=str,
+    ids=lambda part: getattr(part, "__name__", None) or "-".join(part),
 )
 def test_steps_follow_the_formula(make: Callable, formula: Callable, options: dict) -> None:
     draw = np.random.default_rng(8)

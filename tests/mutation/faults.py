@@ -21,10 +21,11 @@ CHAPTER_TESTS = {
     "05": ("tinytorch/m05_*.py", EDGES, "tests/modules/test_losses*.py", "tests/checkpoints/test_05_*.py"),
     "06": ("tinytorch/m06_*.py", EDGES, "tests/modules/test_autograd*.py", "tests/checkpoints/test_06_*.py"),
     "07": ("tinytorch/m07_*.py", EDGES, "tests/modules/test_optimizer*.py", "tests/checkpoints/test_07_*.py"),
-    "08": ("tinytorch/m08_*.py", "tests/modules/test_training*.py", "tests/checkpoints/test_08_*.py"),
+    "08": ("tinytorch/m08_*.py", EDGES, "tests/modules/test_training*.py", "tests/checkpoints/test_08_*.py"),
     "backends": ("tests/backends", "tests/modules/test_tensor*.py", "tests/modules/test_autograd*.py"),
 }
-OPERATIONS = ("tests/ops",)
+VALUES = ("tests/ops/test_ops.py::test_limits", "tests/ops/test_ops.py::test_values_and_dtypes")
+PROMOTION = ("tests/ops/test_properties.py::test_promotion_of_two_tensors",)
 RULES = ("tests/ops/test_ops.py::test_slopes_where_there_is_a_choice", "tests/ops/test_ops.py::test_gradients")
 
 
@@ -95,11 +96,15 @@ TENSOR = [
         ("if x.dtype is not dtype:\n                alike = False",
          "if x.dtype is not dtype:\n                alike = True",
          "the door takes inputs of different dtypes for alike"),
-        ("x.shape[i - lead] if n == -1", "x.shape[i] if n == -1", "-1 in expand counts from the wrong side"),
         ("a, b = xp.promote([a, b])", "a, b = a, b", "where does not promote its branches"),
         ("xp.concat(xp.promote(list(tensors)), axis=dim)", "xp.concat(list(tensors), axis=dim)",
          "cat does not promote"),
-        tests=OPERATIONS,
+        tests=PROMOTION,
+    ),
+    *faults_in(
+        "tinytorch/m02_tensor.py",
+        ("x.shape[i - lead] if n == -1", "x.shape[i] if n == -1", "-1 in expand counts from the wrong side"),
+        tests=VALUES,
     ),
     *faults_in(
         "tinytorch/m02_tensor_appendix.py",
@@ -129,7 +134,7 @@ TENSOR = [
          "index_add writes into its input"),
         ("_rows_minus_columns(x) >= -diagonal", "_rows_minus_columns(x) > -diagonal", "tril loses its diagonal"),
         ("-(-x.shape[dim] // chunks)", "x.shape[dim] // chunks", "chunk rounds the length of a piece down"),
-        tests=OPERATIONS,
+        tests=VALUES,
     ),
 ]  # fmt: skip
 
