@@ -25,6 +25,7 @@ from typing import Any, NamedTuple
 
 from faults import FAULTS, ROOT, Fault
 from rich.console import Console
+from rich.markup import escape
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 from rich.table import Table
 
@@ -181,8 +182,8 @@ def mutate(faults: list[Fault], jobs: int, progress: Progress) -> list[Verdict]:
 def table_of(verdicts: list[Verdict]) -> Table:
     table = Table("fault", "in", "killed by", "s")
     for v in verdicts:
-        file = Path(v.file).stem
-        table.add_row(v.what, file, v.killed_by or f"[bold red]{v.problem}[/]", f"{v.seconds:.1f}" if v.seconds else "")
+        outcome = escape(v.killed_by) or f"[bold red]{escape(v.problem)}[/]"
+        table.add_row(escape(v.what), Path(v.file).stem, outcome, f"{v.seconds:.1f}" if v.seconds else "")
     return table
 
 
