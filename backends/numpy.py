@@ -52,6 +52,9 @@ class NumpyBackend(Backend):
     def is_floating(self, array: Array) -> bool:
         return array.dtype.kind == "f"
 
+    def weak(self, number: Any, dtype_name: str) -> Any:
+        return float(number) if isinstance(number, np.floating) else number  # NumPy's float64 is weak here, too
+
     def promote(self, inputs: list, floating: bool = False) -> list:
         # Nearly always all arrays are of one floating dtype, and then there is nothing to do.
         dtype = None

@@ -139,7 +139,7 @@ class Op:
     def __call__(self, *inputs: Any, **attributes: Any) -> Any:
         if len(inputs) > self.most_inputs:
             inputs, attributes = self._name_attributes(inputs, attributes)
-        arrays, backend, kind, dtype, alike, is_tensor, watched = [], None, None, None, True, False, False
+        arrays, backend, kind, dtype, is_tensor, watched = [], None, None, None, False, False
         for x in inputs:
             if isinstance(x, Tensor):
                 is_tensor = True
@@ -156,11 +156,11 @@ class Op:
                     backend = found if backend is None and found is not None else self._backend(x, backend)
                 kind, dtype = this, x.dtype if dtype is None else dtype
             if x.dtype is not dtype:
-                alike = False
+                dtype = SEVERAL
         if backend is None:
             backend = get_backend(_default["device"])
         try:
-            if self.promotes and not (alike and dtype is backend.usual_float):
+            if self.promotes and dtype is not backend.usual_float:
                 arrays = backend.promote(arrays, self.floating)
             if OBSERVERS or self.implementations:
                 out = self._attached(backend, arrays, attributes)
@@ -253,6 +253,7 @@ def op(function: Callable | None = None, *, dtypes: str | None = None) -> Any:
 
 # %%
 OBSERVERS: list[Callable] = []
+SEVERAL = object()  # in the place of a dtype, where the inputs do not have one and the same
 new = object.__new__  # skips __init__, which would look at what it is given
 NUMBERS = frozenset((bool, int, float, type(None)))  # None: an input that is left out
 

@@ -570,7 +570,7 @@ class LRScheduler:
 
 
 # %% [markdown]
-# Stairs, a cosine, a line. The cosine in one piece is $\eta_t = \eta_{min} + rac{1}{2}(\eta_0 - \eta_{min})
+# Stairs, a cosine, a line. The cosine in one piece is $\eta_t = \eta_{min} + \frac{1}{2}(\eta_0 - \eta_{min})
 # (1 + \cos \pi t / T)$; written as a factor on the rate before it, it can be chained.
 
 

@@ -28,6 +28,7 @@ def test_numpys_scalars_are_as_weak_as_pythons() -> None:
     x = t.ones(2)
     for y in (x * np.float64(0.5), np.float64(0.5) * x, x + np.pi * np.float64(1), x.maximum(np.float64(3))):
         assert y.dtype == t.float32
+    assert (t.tensor([1, 2]) * np.float64(0.5)).dtype == (t.tensor([1, 2]) / np.float64(2)).dtype == t.float32
 
 
 # -- files -------------------------------------------------------------------------------------------------------------

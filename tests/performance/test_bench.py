@@ -47,11 +47,11 @@ def test_the_environment_that_slows_openblas_is_left_out(monkeypatch: pytest.Mon
 def test_limits_decide(monkeypatch: pytest.MonkeyPatch) -> None:
     times = {"tinytorch": 3e-3, "torch": 2e-3}
     monkeypatch.setattr(bench, "measure", lambda library, case: times[library])
-    by_ratio = bench.Case("step", bench.small_op, ratio=1.0)
+    by_ratio = bench.Case("step", bench.mlp_step("SGD"), ratio=1.0)
     assert bench.compare(by_ratio, 3, "torch")["ratio"] == pytest.approx(1.5)
     assert bench.compare(by_ratio, 3, "torch")["within"] is False
     assert bench.compare(by_ratio, 3, None)["within"] is None  # nothing to compare with
-    assert bench.compare(bench.Case("op", bench.small_op, seconds=4e-3), 1, None)["within"] is True
+    assert bench.compare(bench.Case("op", bench.small_op(False), seconds=4e-3), 1, None)["within"] is True
 
 
 def test_wrong_arguments_are_named() -> None:
