@@ -93,8 +93,8 @@ TENSOR = [
     ),
     *faults_in(
         "tinytorch/m02_tensor.py",
-        ("if x.dtype is not dtype:\n                alike = False",
-         "if x.dtype is not dtype:\n                alike = True",
+        ("if x.dtype is not dtype:\n                dtype = SEVERAL",
+         "if x.dtype is not dtype:\n                pass",
          "the door takes inputs of different dtypes for alike"),
         ("a, b = xp.promote([a, b])", "a, b = a, b", "where does not promote its branches"),
         ("xp.concat(xp.promote(list(tensors)), axis=dim)", "xp.concat(list(tensors), axis=dim)",
