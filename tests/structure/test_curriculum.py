@@ -169,3 +169,16 @@ def test_tests_and_programs_see_one_copy_of_a_chapter(request: pytest.FixtureReq
 
     copies = {item.module for item in request.session.items if item.module.__name__.endswith("m01_setup")}
     assert copies <= {tinytorch.m01_setup}
+
+
+def test_the_readme_shows_the_table(root) -> None:
+    text = (root / "README.md").read_text(encoding="utf-8")
+    for module in MODULES:
+        goal = module.checkpoint[0].lower() + module.checkpoint[1:]
+        assert f"| {module.number:02} | [{module.name}](tinytorch/{module.file}.py) | {goal} |" in text
+
+
+def test_ci_runs_the_readmes_test_command(root) -> None:
+    command = "pip install nox && nox -s tests-cpu tests-gpu"
+    assert command in (root / ".ci" / "run").read_text(encoding="utf-8")
+    assert command in (root / "README.md").read_text(encoding="utf-8").replace(".venv/bin/", "")
