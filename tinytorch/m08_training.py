@@ -14,12 +14,14 @@ import json
 import math
 import os
 import tempfile
+import time
 import tracemalloc
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from itertools import islice
 from pathlib import Path
+from statistics import median
 from typing import Any
 
 from tinytorch.m01_setup import (
@@ -29,7 +31,6 @@ from tinytorch.m01_setup import (
     message_of,
     print_table,
     run_module,
-    seconds,
     set_rng_state,
 )
 from tinytorch.m02_tensor import Device, Tensor, argmax, cat, eq, float16, float32, randn, stack, tensor
@@ -790,30 +791,30 @@ def analyze() -> None:
     """Measure the parts of a training step, examples a second, and the memory that backward needs, by batch size."""
     model = Sequential(Linear(784, 128), relu, Linear(128, 10))
     optimizer, rows = Adam(model.parameters()), []
-    trainer = Trainer(model, optimizer, cross_entropy, {"accuracy": accuracy})
     for size in (1, 8, 64, 512):
         images, labels, chosen = randn(4 * size, 784), randint(10, (4 * size,)), randint(4 * size, (size,))
 
-        def data() -> tuple[Tensor, Tensor]:
-            return images[chosen], labels[chosen]  # noqa: B023 - called within this turn of the loop
+        def step() -> list[float]:
+            """Seconds of data, forward, backward and optimizer."""
+            start = time.perf_counter()
+            inputs, targets = images[chosen], labels[chosen]  # noqa: B023 - called within this turn of the loop
+            batch = time.perf_counter()
+            loss = cross_entropy(model(inputs), targets)
+            forward = time.perf_counter()
+            loss.backward()
+            backward = time.perf_counter()
+            optimizer.step()
+            optimizer.zero_grad()
+            return [batch - start, forward - batch, backward - forward, time.perf_counter() - backward]
 
-        def forward() -> Tensor:
-            return cross_entropy(model(batch[0]), batch[1])  # noqa: B023
-
-        def step() -> None:
-            trainer._learn(batch)  # noqa: B023
-            trainer._step()
-
-        batch = data()
-        parts = [seconds(data), seconds(forward), seconds(lambda: forward().backward()), seconds(optimizer.step)]
-        parts[2] -= parts[1]
-        whole = parts[0] + seconds(step)
+        parts = [median(times) for times in zip(*(step() for _ in range(60)), strict=True)]
+        inputs, targets = images[chosen], labels[chosen]
         tracemalloc.start()
-        loss = forward()
+        loss = cross_entropy(model(inputs), targets)
         held = tracemalloc.get_traced_memory()[0]
         tracemalloc.stop()
         del loss
-        rows.append([size, *(f"{1e6 * part:,.0f}" for part in (*parts, whole)), size / whole, held])
+        rows.append([size, *(f"{1e6 * t:,.0f}" for t in (*parts, sum(parts))), size / sum(parts), held])
     headers = ["batch", "data, µs", "forward", "backward", "optimizer", "in all", "examples/s", "bytes for backward"]
     print_table(headers, rows)
     weights = sum(p.nbytes for p in model.parameters())
@@ -834,8 +835,7 @@ def analyze() -> None:
 # %% [markdown]
 # ## Integration testing
 #
-# A run that is abandoned in the middle of an epoch, and resumed by a new trainer that began differently, against one
-# that was left alone.
+# A run abandoned in the middle of an epoch, and resumed by a new trainer that began differently, against one left alone.
 
 
 # %%
