@@ -835,7 +835,7 @@ def analyze() -> None:
 # %% [markdown]
 # ## Integration testing
 #
-# A run abandoned in the middle of an epoch, and resumed by a new trainer that began differently, against one left alone.
+# A run abandoned in the middle of an epoch and resumed by a trainer that began differently, against one left alone.
 
 
 # %%
