@@ -45,6 +45,7 @@ from tinytorch.m05_losses import bernoulli_cross_entropy
 from tinytorch.m06_autograd import (
     Leaf,
     Node,
+    _tensor,
     extreme_rule,
     grad,
     gradcheck,
@@ -315,13 +316,7 @@ class Context:
         for x in self._saved:
             if x is not None and m02.Writes.since(raw(x[0] if isinstance(x, tuple) else x), self.time):
                 raise RuntimeError("a tensor that a Function saved for backward was changed in place since")
-        return tuple(_retraced(*x) if isinstance(x, tuple) else x for x in self._saved)
-
-
-def _retraced(array: Any, trace: Any) -> Tensor:
-    result = Tensor(array)
-    result._trace = trace() if callable(trace) else trace
-    return result
+        return tuple(_tensor(x[0], x[1]()) if isinstance(x, tuple) else x for x in self._saved)
 
 
 class Function:
@@ -370,12 +365,15 @@ class Function:
         for i, (y, result) in enumerate(zip(outputs, results, strict=True)):
             if id(result) not in constant and y.dtype.is_floating_point:
                 y._trace = _Output(call, i, y.data)
-        place = {id(result): i for i, result in enumerate(results)}
-        context._saved = tuple(
-            (outputs[place[id(x)]].data, outputs[place[id(x)]]._trace) if id(x) in place else x for x in context._saved
-        )
+        kept = {id(result): _without_cycle(y) for y, result in zip(outputs, results, strict=True)}
+        context._saved, context._constant = tuple(kept.get(id(x), x) for x in context._saved), ()
         context.time = next(m02.Writes.clock)
         return tuple(outputs) if isinstance(returned, tuple) else outputs[0]
+
+
+def _without_cycle(y: Tensor) -> tuple[Any, Callable[[], Any]]:
+    """An output as its own call may keep it: its array, and a weak way to its place in the graph."""
+    return y.data, weakref.ref(y._trace) if y.watched else lambda: None
 
 
 class _Call(Node):

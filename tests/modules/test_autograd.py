@@ -723,6 +723,32 @@ def test_outputs_without_gradient(device: str) -> None:
     assert not rounded.requires_grad
 
 
+def test_a_function_that_saves_its_output_leaves_no_cycle_without_backward() -> None:
+    class Exponential(Function):
+        @staticmethod
+        def forward(ctx: Any, x: Tensor) -> Tensor:
+            y = x.exp()
+            ctx.save_for_backward(y)
+            return y
+
+        @staticmethod
+        def backward(ctx: Any, g: Tensor) -> Tensor:
+            (y,) = ctx.saved_tensors
+            return g * y
+
+    gc.collect()
+    gc.disable()
+    try:
+        y = Exponential.apply(leaf(3))
+        node = weakref.ref(y.grad_fn)
+        del y
+        assert node() is None
+    finally:
+        gc.enable()
+    assert gradcheck(Exponential.apply, leaf(3))
+    assert gradgradcheck(Exponential.apply, leaf(3))
+
+
 def test_functions_leave_no_cycles() -> None:
     gc.collect()
     gc.disable()

@@ -384,6 +384,8 @@ AUTOGRAD = [
         ("set_rng_state(now)", "now", "computing again disturbs the random numbers that follow"),
         ("m02.Writes.since(raw(x[0] if isinstance(x, tuple) else x), self.time)", "None",
          "a Function does not notice that what it saved was changed"),
+        ("weakref.ref(y._trace) if y.watched", "(lambda: y._trace) if y.watched",
+         "a Function's call keeps its own output, which is a cycle"),
         ("parameter.grad.detach().zero_()", "parameter.grad.zero_",
          "zero_grad(set_to_none=False) sets nothing to zero"),
     ),
