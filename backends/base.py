@@ -4,7 +4,7 @@ A `Backend` is what every operation receives as `xp`. The standard's functions (
 reached as `xp.exp`, `xp.matmul` … just as the array library offers them through array-api-compat. The additions are the
 methods below, and there are no others:
 
-    promote, cast, is_floating, dtype, dtype_name    which dtype a result has
+    promote, cast, is_floating, dtype, dtype_name    which dtype a result has; `native` and `weak` are parts of it
     take_index, assign, scatter_add                  indexing with whatever NumPy takes as an index
     erf, einsum, sliding_windows                     mathematics
     random, normal, integers, permutation, …         a seeded random generator
@@ -52,7 +52,7 @@ class Backend:
     def __init__(self, namespace: ModuleType, device: str, array_type: type) -> None:
         self.namespace, self.array_type = namespace, array_type
         self.device = device
-        self.dtypes = {name: getattr(namespace, name) for name in DTYPE_KINDS if hasattr(namespace, name)}
+        self.dtypes = {n: self.native(getattr(namespace, n)) for n in DTYPE_KINDS if hasattr(namespace, n)}
         self.names = {native: name for name, native in self.dtypes.items()}
         self.usual_float = self.dtypes["float32"]
         for name in dir(namespace):  # copied, so that `xp.exp` is one look-up; our own methods go first
@@ -68,6 +68,10 @@ class Backend:
         return f"<backend {self.name} on {self.device}>"
 
     # -- dtypes ------------------------------------------------------------------------------------------------------
+
+    def native(self, dtype: Any) -> Any:
+        """What `array.dtype` is, for a dtype as the namespace names it."""
+        return dtype
 
     def dtype(self, name: str) -> Any:
         """The library's own dtype for a name such as "float32"; TypeError where it has none."""

@@ -22,9 +22,6 @@ class CupyBackend(Backend):
     def __init__(self, index: int) -> None:
         self.index = index
         super().__init__(namespace, f"cuda:{index}", cupy.ndarray)
-        self.names = {np.dtype(native): name for name, native in self.dtypes.items()}
-        self.dtypes = {name: native for native, name in self.names.items()}
-        self.usual_float = self.dtypes["float32"]
         for creation in ("zeros", "ones", "full", "empty", "eye", "arange", "linspace", "asarray"):
             setattr(self, creation, self._here(getattr(namespace, creation)))
 
@@ -37,6 +34,9 @@ class CupyBackend(Backend):
                 return create(*args, **kwargs)
 
         return on_this_device
+
+    def native(self, dtype: Any) -> Any:
+        return np.dtype(dtype)  # the namespace has NumPy's scalar types in the dtypes' place
 
     def is_floating(self, array: Array) -> bool:
         return array.dtype.kind == "f"

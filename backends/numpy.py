@@ -45,9 +45,9 @@ class NumpyBackend(Backend):
     def __init__(self) -> None:
         super().__init__(namespace, "cpu", np.ndarray)
         keep_freed_memory()
-        self.names = {np.dtype(native): name for name, native in self.dtypes.items()}
-        self.dtypes = {name: native for native, name in self.names.items()}
-        self.usual_float = self.dtypes["float32"]
+
+    def native(self, dtype: Any) -> Any:
+        return np.dtype(dtype)  # the namespace has NumPy's scalar types in the dtypes' place
 
     def is_floating(self, array: Array) -> bool:
         return array.dtype.kind == "f"
