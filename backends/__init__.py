@@ -3,6 +3,7 @@
     backend_of(array)      the backend that an array belongs to
     get_backend(device)    the backend of a device: "cpu", "cuda", "cuda:1", or the name of an array library
     manual_seed(seed)      seeds every backend's random generator, those that are made later too
+    seeded(seed)           a `with` block in which this thread draws from generators of its own
 
 This package is the only place of the framework that names NumPy or CuPy.
 """
@@ -10,12 +11,13 @@ This package is the only place of the framework that names NumPy or CuPy.
 from __future__ import annotations
 
 import importlib
+from collections.abc import Sequence
 from typing import Any
 
 import array_api_compat
 import numpy as np
 
-from tinytorch.backends.base import DTYPE_KINDS, Backend, Memory, set_default_float
+from tinytorch.backends.base import DTYPE_KINDS, Backend, Memory, Seeded, set_default_float
 from tinytorch.backends.generic import GenericBackend
 from tinytorch.backends.numpy import NumpyBackend
 
@@ -29,6 +31,7 @@ __all__ = [
     "get_backend",
     "manual_seed",
     "rng_state",
+    "seeded",
     "set_default_float",
     "set_rng_state",
 ]
@@ -138,6 +141,14 @@ def manual_seed(seed: int) -> None:
     _seed = seed
     for backend in BY_DEVICE.values():
         backend.seed(seed)
+
+
+def seeded(seed: int | Sequence[int]) -> Seeded:
+    """A `with` block in which this thread draws from generators of its own, on every backend; they start at `seed`.
+
+    What other threads draw, and what this one draws after the block, is as if the block had not been.
+    """
+    return Seeded(list(dict.fromkeys(BY_DEVICE.values())), seed)
 
 
 def rng_state() -> dict[str, Any]:

@@ -7,7 +7,7 @@ methods below, and there are no others:
     promote, cast, is_floating, dtype, dtype_name    which dtype a result has; `native` and `weak` are parts of it
     take_index, assign, scatter_add                  indexing with whatever NumPy takes as an index
     erf, einsum, sliding_windows                     mathematics
-    random, normal, integers, permutation, …         a seeded random generator
+    random, normal, integers, permutation, …         a seeded random generator; `seeded` gives a thread one of its own
     from_numpy, to_numpy, synchronize, memory        the machine
     buffer_id, owns_memory, format                   which memory an array lies in; its values as text
 """
@@ -16,6 +16,8 @@ from __future__ import annotations
 
 import os
 import sys
+import threading
+from collections.abc import Sequence
 from types import ModuleType
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -40,6 +42,35 @@ class Memory(NamedTuple):
     total: int
 
 
+class Own(threading.local):
+    """What a thread draws from in the place of everyone's generator; nothing, unless it is in a `Seeded` block."""
+
+    generator: Any = None
+
+
+class Seeded:
+    """`with` blocks in which backends draw from generators that start at `seed`, in this thread only.
+
+    The generators that all threads share are left alone, and are back in force after the block. Entered again, it goes
+    on drawing where it left off.
+    """
+
+    def __init__(self, backends: Sequence[Backend], seed: int | Sequence[int]) -> None:
+        self.generators = [(backend, backend.new_generator(seed)) for backend in backends]
+        self.outer: list[list] = []
+
+    def __enter__(self) -> None:
+        self.outer.append([backend._own.generator for backend, _ in self.generators])
+        for backend, generator in self.generators:
+            backend._own.generator = generator
+
+    def __exit__(self, *error: object) -> None:
+        # Not what was put there: `seed` inside the block has put a new one in its place.
+        self.generators = [(backend, backend._own.generator) for backend, _ in self.generators]
+        for (backend, _), outer in zip(self.generators, self.outer.pop(), strict=True):
+            backend._own.generator = outer
+
+
 class Backend:
     """One array library on one device. `xp.name` reaches the library's own functions at no extra cost."""
 
@@ -58,6 +89,7 @@ class Backend:
         for name in dir(namespace):  # copied, so that `xp.exp` is one look-up; our own methods go first
             if not name.startswith("_") and not hasattr(type(self), name) and name not in vars(self):
                 setattr(self, name, getattr(namespace, name))
+        self._own = Own()
         self.seed(0)
 
     if TYPE_CHECKING:  # a real __getattr__ would slow every look-up down, also those that succeed
@@ -158,9 +190,25 @@ class Backend:
 
     # -- random numbers: drawn by NumPy's PCG64 and copied, so that every backend draws the same numbers --------------
 
+    def new_generator(self, seed: int | Sequence[int]) -> Any:
+        """What numbers are drawn from: a generator that starts at a seed, one or several whole numbers >= 0."""
+        return np.random.Generator(np.random.PCG64(seed))
+
+    @property
+    def generator(self) -> Any:
+        """The generator in force: the one of all threads, or the thread's own in a `seeded` block."""
+        return self._own.generator or self._everyones
+
     def seed(self, seed: int) -> None:
-        """Start the generator anew. The same seed gives the same numbers."""
-        self.generator = np.random.Generator(np.random.PCG64(seed))
+        """Start the generator in force anew. The same seed gives the same numbers."""
+        if self._own.generator is None:
+            self._everyones = self.new_generator(seed)
+        else:
+            self._own.generator = self.new_generator(seed)
+
+    def seeded(self, seed: int | Sequence[int]) -> Seeded:
+        """A `with` block in which this thread draws from a generator of its own, which starts at `seed`."""
+        return Seeded([self], seed)
 
     def rng_state(self) -> Any:
         """The generator's state, as JSON can hold it."""
@@ -189,6 +237,10 @@ class Backend:
     def permutation(self, count: int) -> Array:
         """0 … count - 1 in random order, int64."""
         return self.from_numpy(self.generator.permutation(count))
+
+    def beta(self, a: float, b: float, shape: tuple, dtype: str = "float32") -> Array:
+        """Between 0 and 1, with a density proportional to x^(a - 1) (1 - x)^(b - 1), for a and b above 0."""
+        return self.cast(self.from_numpy(self.generator.beta(a, b, shape)), dtype)
 
     # -- the machine -------------------------------------------------------------------------------------------------
 

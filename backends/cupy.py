@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import array_api_compat.cupy as namespace
@@ -73,20 +73,23 @@ class CupyBackend(Backend):
     # Numbers are drawn on the device. The state is the seed and how many draws there were: a Philox generator is
     # counter-based, so that a new one for each draw costs nothing and the state fits into JSON.
 
-    def seed(self, seed: int) -> None:
-        self.state: dict[str, Any] = {"generator": "philox", "seed": int(seed), "draws": 0}
+    def new_generator(self, seed: int | Sequence[int]) -> dict[str, Any]:
+        if isinstance(seed, Sequence):  # several numbers become one
+            seed = int(np.random.SeedSequence(seed).generate_state(1, np.uint64)[0])
+        return {"generator": "philox", "seed": int(seed), "draws": 0}
 
     def rng_state(self) -> Any:
-        return dict(self.state)
+        return dict(self.generator)
 
     def set_rng_state(self, state: dict) -> None:
         if not isinstance(state, dict) or state.get("generator") != "philox":
             raise ValueError(f"not a random state of backend {self.name}: {state!r}")
-        self.state = {"generator": "philox", "seed": int(state["seed"]), "draws": int(state["draws"])}
+        self.generator.update(seed=int(state["seed"]), draws=int(state["draws"]))
 
     def _next(self) -> Any:
-        self.state["draws"] += 1
-        entropy = np.random.SeedSequence([self.state["seed"], self.state["draws"]])
+        state = self.generator
+        state["draws"] += 1
+        entropy = np.random.SeedSequence([state["seed"], state["draws"]])
         return cupy.random.Generator(cupy.random.Philox4x3210(int(entropy.generate_state(1, np.uint64)[0])))
 
     def random(self, shape: tuple, dtype: str = "float32") -> Array:
@@ -105,6 +108,10 @@ class CupyBackend(Backend):
     def permutation(self, count: int) -> Array:
         with cupy.cuda.Device(self.index):
             return cupy.argsort(self._next().random((count,), dtype="float64"))
+
+    def beta(self, a: float, b: float, shape: tuple, dtype: str = "float32") -> Array:
+        with cupy.cuda.Device(self.index):
+            return self.cast(self._next().beta(a, b, shape), dtype)
 
     def from_numpy(self, array: np.ndarray) -> Array:
         with cupy.cuda.Device(self.index):

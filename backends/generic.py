@@ -84,6 +84,8 @@ class GenericBackend(Backend):
         name = array.dtype.name
         if name not in DTYPE_KINDS:
             raise TypeError(f"{self.name}: no tensor can hold NumPy's dtype {name}")
+        if not array.flags.writeable or any(stride < 0 for stride in array.strides):  # what PyTorch cannot share
+            array = array.copy(order="C")
         # Through DLPack or the buffer protocol where the library reads it, element by element never.
         return self.asarray(np.ascontiguousarray(array).reshape(array.shape), dtype=self.dtype(name), device=self.place)
 

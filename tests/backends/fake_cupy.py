@@ -148,7 +148,7 @@ class Philox4x3210:
 class Generator:
     def __init__(self, bits: Philox4x3210) -> None:
         self.inner = np.random.Generator(np.random.Philox(bits.seed))
-        for name in ("random", "standard_normal", "integers"):
+        for name in ("random", "standard_normal", "integers", "beta"):
             setattr(self, name, lifted(getattr(self.inner, name)))
 
 

@@ -4,8 +4,11 @@ from __future__ import annotations
 
 import json
 import math
+import mmap
 import subprocess
 import sys
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 
 import numpy as np
 import pytest
@@ -209,6 +212,7 @@ def drawn(xp: Backend) -> list:
             xp.normal((2,), "float64"),
             xp.integers(-5, 5, (4,)),
             xp.permutation(6),
+            xp.beta(0.4, 2.0, (3,)),
         )
     ]
 
@@ -227,6 +231,76 @@ def test_the_state_goes_through_json(xp: Backend) -> None:
     assert drawn(xp) != first
 
 
+def test_a_seeded_block_has_a_generator_of_its_own(xp: Backend) -> None:
+    manual_seed(21)
+    expected = [drawn(xp), drawn(xp)]
+    manual_seed(21)
+    first = drawn(xp)
+    with xp.seeded((4, 5)):
+        inside = drawn(xp)
+        with backends.seeded(6):  # nested
+            inner = drawn(xp)
+            manual_seed(6)  # starts the generator in force anew, which is the block's
+            assert drawn(xp) == inner
+        rest = drawn(xp)
+    assert [first, drawn(xp)] == expected
+    manual_seed(0)
+    with xp.seeded((4, 5)):
+        assert [drawn(xp), drawn(xp)] == [inside, rest]
+    with xp.seeded((5, 4)):
+        assert drawn(xp) != inside
+    assert len({str(numbers) for numbers in (*expected, inside, rest, inner)}) == 5
+
+
+def test_arrays_of_every_layout_are_taken(xp: Backend) -> None:
+    values = np.arange(6.0).reshape(2, 3)
+    frozen = values.copy()
+    frozen.flags.writeable = False
+    for array in (values[:, ::-1], values.T, values[:1, :1][::-1], frozen, np.broadcast_to(values[:1], (4, 3))):
+        np.testing.assert_array_equal(xp.to_numpy(xp.from_numpy(array)), array)
+
+
+def test_a_seeded_block_goes_on_where_it_left_off_and_ends_with_an_exception(xp: Backend) -> None:
+    with xp.seeded(3):
+        whole = [drawn(xp), drawn(xp)]
+    block, before = xp.seeded(3), rng_state()
+    parts = []
+    for _ in range(2):
+        with suppress(KeyError), block:
+            parts.append(drawn(xp))
+            raise KeyError
+    assert parts == whole
+    assert rng_state() == before
+
+
+def test_a_state_taken_in_a_seeded_block_is_the_blocks(xp: Backend) -> None:
+    with backends.seeded(3):
+        state = rng_state()
+        inside = drawn(xp)
+        set_rng_state(state)
+        assert drawn(xp) == inside
+    assert rng_state()[xp.device] != state[xp.device]
+
+
+def test_a_seeded_block_concerns_its_own_thread_only(xp: Backend) -> None:
+    manual_seed(8)
+    expected = [drawn(xp), drawn(xp)]
+    manual_seed(8)
+    with xp.seeded(9), ThreadPoolExecutor(1) as other:
+        assert other.submit(drawn, xp).result() == expected[0]
+        inside = drawn(xp)
+    assert drawn(xp) == expected[1]
+    with ThreadPoolExecutor(1) as other:
+        results = [other.submit(in_block, xp, 9) for _ in range(2)]
+        assert [result.result() for result in results] == [inside, inside]
+    manual_seed(0)
+
+
+def in_block(xp: Backend, seed: int) -> list:
+    with xp.seeded(seed):
+        return drawn(xp)
+
+
 def test_kinds_of_draws(xp: Backend) -> None:
     assert xp.dtype_name(xp.random((2,))) == "float32"
     assert xp.dtype_name(xp.normal((2,), "float64")) == "float64"
@@ -235,6 +309,18 @@ def test_kinds_of_draws(xp: Backend) -> None:
     assert uniform.min() >= 0
     assert uniform.max() < 1
     assert set(whole.tolist()) == {-2, -1, 0, 1, 2}
+
+
+@pytest.mark.parametrize(("a", "b"), [(1.0, 1.0), (0.2, 0.2), (2.0, 5.0)])
+def test_beta_has_the_distributions_moments(xp: Backend, a: float, b: float) -> None:
+    manual_seed(23)
+    drawn = back(xp, xp.beta(a, b, (40, 500)))
+    assert (drawn.shape, drawn.dtype) == ((40, 500), np.float32)
+    assert 0 <= drawn.min() < drawn.max() <= 1
+    mean, variance = a / (a + b), a * b / ((a + b) ** 2 * (a + b + 1))
+    assert abs(drawn.mean() - mean) < 5 * math.sqrt(variance / drawn.size)
+    assert drawn.var() == pytest.approx(variance, rel=0.05)
+    assert xp.dtype_name(xp.beta(a, b, (), "float64")) == "float64"
 
 
 @pytest.mark.parametrize("seed", [-1, 1.5, "7", None])
@@ -291,11 +377,11 @@ def test_memory_is_measured(xp: Backend) -> None:
     xp.synchronize()
     before = xp.memory()
     assert 0 < before.used <= before.total
-    block = np.ones(8_000_000)  # 64 MB, touched
-    after = xp.memory()
+    with mmap.mmap(-1, 64_000_000) as block:  # from the system: NumPy may be given memory that was freed before
+        block.write(b"1" * len(block))
+        after = xp.memory()
     assert after.used - before.used > 40_000_000
     assert after.peak >= after.used * 0.9
-    del block
 
 
 def test_memory_without_proc(monkeypatch) -> None:

@@ -53,6 +53,7 @@ def test_one_backend_for_each_device() -> None:
         lambda xp: xp.normal((3,)),
         lambda xp: xp.integers(0, 5, (3,)),
         lambda xp: xp.permutation(3),
+        lambda xp: xp.beta(2.0, 0.5, (3,)),
     ],
 )
 def test_what_is_created_lies_on_its_device(creation) -> None:
@@ -114,9 +115,23 @@ def test_random_numbers_and_their_state() -> None:
     assert xp.to_numpy(xp.random((4,))).tolist() != first[0]
     assert xp.dtype_name(xp.random((2,))) == "float32"
     assert xp.dtype_name(xp.normal((2,), "float16")) == "float16"
+    assert xp.dtype_name(xp.beta(1.0, 2.0, (2,))) == "float32"
     for wrong in ({"generator": "PCG64"}, [], None):
         with pytest.raises(ValueError, match="not a random state of backend cupy"):
             xp.set_rng_state(wrong)
+
+
+def test_a_seeded_block_has_a_state_of_its_own() -> None:
+    xp = get_backend("cuda")
+    before = xp.rng_state()
+    draws = []
+    for seed in ((7, 1), (7, 1), (7, 2), 7):
+        with xp.seeded(seed):
+            draws.append(xp.to_numpy(xp.random((4,))).tolist())
+            assert xp.rng_state()["draws"] == 1
+    assert draws[0] == draws[1]
+    assert len({str(numbers) for numbers in draws}) == 3
+    assert xp.rng_state() == before
 
 
 def test_manual_seed_reaches_devices_that_are_asked_for_later() -> None:
