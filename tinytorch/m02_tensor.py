@@ -187,6 +187,9 @@ class Op:
         """An Op in a class is a method: `x.exp()` is `exp(x)`."""
         return self if instance is None else MethodType(self, instance)
 
+    def __deepcopy__(self, memo: dict) -> Op:
+        return self  # a copied network calls the same operation, the one that has rules
+
     def __repr__(self) -> str:
         return f"<op {self.name}>"
 

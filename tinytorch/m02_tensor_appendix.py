@@ -32,6 +32,7 @@ from tinytorch.m02_tensor import (
     amax,
     argmax,
     cast,
+    cat,
     clone,
     div,
     exp,
@@ -626,17 +627,58 @@ def roll(xp, x, *, shifts, dims=None):
 
 
 @op
-def pad(xp, x, *, pad, value=0.0):
+def constant_pad(xp, x, *, pad, value=0.0):
     """Borders of `value`. `pad` is (left, right) of the last axis, then of the one before it, as PyTorch counts."""
-    if len(pad) % 2 or len(pad) > 2 * x.ndim:
-        raise ValueError(f"pad: expected a pair for each of at most {x.ndim} axes, last first, got {tuple(pad)}")
-    if builtins.any(n < 0 for n in pad):
-        raise ValueError(f"pad: expected lengths >= 0, got {tuple(pad)}")
     borders = [(0, 0)] * (x.ndim - len(pad) // 2) + [(pad[i], pad[i + 1]) for i in range(len(pad) - 2, -1, -2)]
     shape = tuple(n + before + after for n, (before, after) in zip(x.shape, borders, strict=True))
     out = xp.full(shape, DTYPE_KINDS[xp.dtype_name(x)](value), dtype=x.dtype)
     out[tuple(slice(before, before + n) for n, (before, _) in zip(x.shape, borders, strict=True))] = x
     return out
+
+
+def pad(x: Tensor, pad: Sequence[int], mode: str = "constant", value: float | None = 0) -> Tensor:
+    """Borders around a tensor.
+
+    Args:
+        pad: (left, right) of the last axis, then of the one before it, and so on. Negative lengths cut off.
+        mode: what stands in the borders: "constant" (`value`), "reflect" (the axis mirrored at its outermost element),
+            "replicate" (that element) or "circular" (what stands at the other end).
+    """
+    if mode not in ("constant", "reflect", "replicate", "circular"):
+        raise ValueError(f"pad: mode must be constant, reflect, replicate or circular, got {mode!r}")
+    if len(pad) % 2 or len(pad) > 2 * x.ndim:
+        raise ValueError(f"pad: expected a pair for each of at most {x.ndim} axes, last first, got {tuple(pad)}")
+    given, lengths = x, tuple(pad)
+    for i in range(0, len(lengths), 2):
+        dim = x.ndim - 1 - i // 2
+        x = _bordered(x, dim, lengths[i], lengths[i + 1], mode)
+    if mode == "constant":
+        return constant_pad(x, pad=tuple(builtins.max(n, 0) for n in lengths), value=value or 0)
+    return clone(x) if x is given else x  # never a view
+
+
+def _bordered(x: Tensor, dim: int, before: int, after: int, mode: str) -> Tensor:
+    """One axis with what `pad` puts before and after it; in mode "constant" only with what it cuts off."""
+    n, first, last = x.shape[dim], builtins.max(before, 0), builtins.max(after, 0)
+    rest = n + builtins.min(before, 0) + builtins.min(after, 0)
+    most = {"reflect": builtins.max(n - 1, 0), "circular": rest, "replicate": first + last if n else 0}
+    if rest < 0 or builtins.max(first, last) > most.get(mode, first + last):
+        limit = "can only cut off what is there" if rest < 0 else f"has at most {most[mode]} elements for a border"
+        raise ValueError(f"pad: mode {mode!r} {limit}; axis {dim} of {x.shape} is to get {(before, after)}")
+    if not before and not after:
+        return x
+    middle = narrow(x, dim, builtins.max(-before, 0), rest)
+    if mode == "constant":
+        return middle
+    if mode == "circular":
+        head, tail = narrow(middle, dim, rest - first, first), narrow(middle, dim, 0, last)
+    elif mode == "reflect":
+        head, tail = flip(narrow(x, dim, 1, first), dims=dim), flip(narrow(x, dim, n - 1 - last, last), dims=dim)
+    else:
+        lead, behind = x.shape[:dim], x.shape[dim + 1 :]
+        head = expand(narrow(x, dim, 0, 1), shape=(*lead, first, *behind))
+        tail = expand(narrow(x, dim, n - 1, 1), shape=(*lead, last, *behind))
+    return cat([head, middle, tail], dim)
 
 
 def split(x: Tensor, split_size: int | Sequence[int], dim: int = 0) -> tuple[Tensor, ...]:

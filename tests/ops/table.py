@@ -724,8 +724,8 @@ def numpy_pad(x: np.ndarray, pad: Sequence[int], value: float = 0.0) -> np.ndarr
 
 
 row(
-    "pad",
-    F.pad,
+    "constant_pad",
+    Op.registry["constant_pad"],
     numpy_pad,
     shaped(
         ((2, 3), {"pad": (1, 2)}),
@@ -733,10 +733,57 @@ row(
         ((0, 2), {"pad": (0, 0, 1, 1)}),
         ((2, 1, 2), {"pad": (1, 1), "value": -1.0}),
     ),
+)
+
+
+def numpy_pad_mode(x: np.ndarray, pad: Sequence[int], mode: str = "constant", value: float = 0.0) -> np.ndarray:
+    if mode == "constant":
+        out = numpy_pad(x, [max(n, 0) for n in pad], value)
+        for i, n in enumerate(pad):
+            axis, stop = x.ndim - 1 - i // 2, out.shape[x.ndim - 1 - i // 2]
+            out = np.take(out, range(max(-n, 0), stop) if i % 2 == 0 else range(stop - max(-n, 0)), axis)
+        return out
+    pairs = [(0, 0)] * (x.ndim - len(pad) // 2) + [tuple(pad[i : i + 2]) for i in range(0, len(pad), 2)][::-1]
+    for axis, (before, after) in enumerate(pairs):
+        n, borders = x.shape[axis], (max(before, 0), max(after, 0))
+        left = np.arange(max(-before, 0), n - max(-after, 0))  # a circle is closed after the cut
+        if mode == "circular":
+            places = np.pad(left, borders, "wrap")
+        else:
+            places = np.pad(np.arange(n), borders, NUMPY_MODES[mode])
+            places = places[max(-before, 0) : len(places) - max(-after, 0)]
+        x = np.take(x, places, axis)
+    return x
+
+
+NUMPY_MODES = {"reflect": "reflect", "replicate": "edge"}
+row(
+    "pad",
+    F.pad,
+    numpy_pad_mode,
+    shaped(
+        ((2, 3), {"pad": (-1, 2)}),
+        ((4, 3), {"pad": (0, -1, -1, -1), "value": 1.5}),
+        ((2, 3), {"pad": (2, 1), "mode": "reflect"}),
+        ((3, 2), {"pad": (1, 0, 2, 1), "mode": "reflect"}),
+        ((3, 2), {"pad": (1, 2, 0, 4), "mode": "replicate"}),
+        ((1, 3, 2), {"pad": (2, 1, 1, 3), "mode": "circular"}),
+        ((5,), {"pad": (2, -2), "mode": "reflect"}),
+        ((5,), {"pad": (-2, 3), "mode": "circular"}),
+        ((3,), {"pad": (0, 0), "mode": "replicate"}),
+    ),
     bad=[
         bad(lambda: F.pad(t.ones(2, 3), (1,)), ValueError, "pad: expected a pair for each"),
         bad(lambda: F.pad(t.ones(3), (1, 1, 1, 1)), ValueError, "pad: expected a pair for each of at most 1"),
-        bad(lambda: F.pad(t.ones(3), (1, -1)), ValueError, "pad: expected lengths >= 0"),
+        bad(
+            lambda: F.pad(t.ones(3), (1, -4)), ValueError, r"pad: .* can only cut off what is there; axis 0 .*\(1, -4\)"
+        ),
+        bad(
+            lambda: F.pad(t.ones(3), (1, 1), "mirror"), ValueError, "pad: mode must be constant, reflect, replicate or"
+        ),
+        bad(lambda: F.pad(t.ones(3), (3, 0), "reflect"), ValueError, "pad: mode 'reflect' has at most 2 elements"),
+        bad(lambda: F.pad(t.ones(3), (0, 4), "circular"), ValueError, "pad: mode 'circular' has at most 3 elements"),
+        bad(lambda: F.pad(t.ones(0), (0, 1), "replicate"), ValueError, "pad: mode 'replicate' has at most 0 elements"),
     ],
 )
 
