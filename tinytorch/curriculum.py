@@ -189,6 +189,29 @@ MODULES = (
             """,
         },
     ),
+    Module(
+        number=9,
+        name="spatial",
+        title="Convolutions",
+        part="Vision",
+        checkpoint="Build a network that sees, and say what it costs",
+        exports={
+            "": "SimpleCNN LeNet5 ResNet count_parameters count_flops",
+            "nn": """
+                Conv1d Conv2d ConvTranspose1d ConvTranspose2d Unfold Fold
+                MaxPool1d MaxPool2d AvgPool1d AvgPool2d AdaptiveAvgPool1d AdaptiveAvgPool2d AdaptiveMaxPool2d
+                BatchNorm1d BatchNorm2d GroupNorm InstanceNorm1d InstanceNorm2d Dropout1d Dropout2d
+                Upsample PixelShuffle PixelUnshuffle PReLU
+                ZeroPad2d ConstantPad2d ReflectionPad2d ReplicationPad2d CircularPad2d
+            """,
+            "nn.functional": """
+                conv1d conv2d conv_transpose1d conv_transpose2d unfold fold
+                max_pool1d max_pool2d avg_pool1d avg_pool2d adaptive_avg_pool1d adaptive_avg_pool2d adaptive_max_pool2d
+                batch_norm group_norm instance_norm dropout1d dropout2d
+                interpolate pixel_shuffle pixel_unshuffle affine_grid grid_sample
+            """,
+        },
+    ),
 )
 
 FACES = (

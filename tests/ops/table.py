@@ -1,4 +1,4 @@
-"""Every operation of chapters 02–05 beside an independent reference: NumPy in float64.
+"""Every operation of chapters 02–05 and 09 beside an independent reference: NumPy in float64.
 
 A row says how an operation is called, on which inputs, what it must give, which inputs have a gradient, and which calls
 must fail with which words. The functions that are composed of operations have rows too. `test_ops.py` runs the rows on
@@ -1433,4 +1433,568 @@ row(
     (0, 1),
     result="float",
     bad=[bad(lambda: F.binary_cross_entropy(t.ones(2) * 2, t.ones(2)), ValueError, "binary_cross_entropy: ")],
+)
+
+# -- 09 spatial --------------------------------------------------------------------------------------------------------
+
+Four = Sequence[int]
+
+
+def numpy_windows(x: np.ndarray, size: Four, stride: Four, padding: Four, dilation: Four, border: float = 0.0) -> Any:
+    """((…, OH, OW, KH, KW) values of all windows, the same of each one's place in the flattened padded picture)."""
+    pairs = [(0, 0)] * (x.ndim - 2) + [(p, p) for p in padding]
+    padded = np.pad(x, pairs, constant_values=border)
+    numbers = np.arange(math.prod(padded.shape[-2:])).reshape(padded.shape[-2:])
+    spans = tuple(d * (k - 1) + 1 for k, d in zip(size, dilation, strict=True))
+    step = (..., slice(None, None, stride[0]), slice(None, None, stride[1]), slice(None, None, dilation[0]),
+            slice(None, None, dilation[1]))  # fmt: skip
+    window = np.lib.stride_tricks.sliding_window_view
+    return window(padded, spans, axis=(-2, -1))[step], window(numbers, spans)[step], padded.shape
+
+
+def numpy_added(parts: np.ndarray, places: np.ndarray, padded: tuple, padding: Four) -> np.ndarray:
+    """(…, OH, OW, KH, KW) added where the windows lie, without the border."""
+    lead = parts.shape[:-4]
+    flat = np.zeros((math.prod(lead), math.prod(padded[-2:])))
+    for line, part in zip(flat, parts.reshape(len(flat), places.size), strict=True):
+        np.add.at(line, places.reshape(-1), part)
+    out = flat.reshape(*lead, *padded[-2:])
+    return out[..., padding[0] : padded[-2] - padding[0], padding[1] : padded[-1] - padding[1]]
+
+
+GEOMETRIES = (
+    {"stride": (1, 1), "padding": (0, 0), "dilation": (1, 1)},
+    {"stride": (2, 1), "padding": (1, 0), "dilation": (1, 2)},
+    {"stride": (1, 3), "padding": (2, 1), "dilation": (2, 1)},
+)
+
+
+def numpy_conv2d(x: np.ndarray, weight: np.ndarray, bias: Any = None, groups: int = 1, **geometry: Any) -> np.ndarray:
+    windows = numpy_windows(x, weight.shape[2:], **geometry)[0]
+    inputs, outputs = weight.shape[1], weight.shape[0] // groups
+    parts = [
+        np.einsum("ncijuv,ocuv->noij", windows[:, g * inputs : (g + 1) * inputs], weight[g * outputs :][:outputs])
+        for g in range(groups)
+    ]
+    out = np.concatenate(parts, axis=1)
+    return out if bias is None else out + bias[:, None, None]
+
+
+def numpy_conv_input(g: np.ndarray, weight: np.ndarray, shape: tuple, groups: int, **geometry: Any) -> np.ndarray:
+    inputs, outputs = weight.shape[1], weight.shape[0] // groups
+    _, places, padded = numpy_windows(np.zeros(shape), weight.shape[2:], **geometry)
+    parts = [
+        np.einsum("noij,ocuv->ncijuv", g[:, k * outputs : (k + 1) * outputs], weight[k * outputs :][:outputs])
+        for k in range(groups)
+    ]
+    assert inputs * groups == shape[1]
+    return numpy_added(np.concatenate(parts, axis=1), places, padded, geometry["padding"])
+
+
+def numpy_conv_weight(g: np.ndarray, x: np.ndarray, size: tuple, groups: int, **geometry: Any) -> np.ndarray:
+    windows = numpy_windows(x, size, **geometry)[0]
+    inputs, outputs = x.shape[1] // groups, g.shape[1] // groups
+    parts = [
+        np.einsum("noij,ncijuv->ocuv", g[:, k * outputs :][:, :outputs], windows[:, k * inputs :][:, :inputs])
+        for k in range(groups)
+    ]
+    return np.concatenate(parts, axis=0)
+
+
+def raw_windows(shape: tuple, size: tuple, stride: tuple, padding: tuple, dilation: tuple) -> Any:
+    from tinytorch.m09_spatial import lay_windows
+
+    return lay_windows("test", tuple(shape), size, stride, tuple((p, p) for p in padding), dilation)
+
+
+def raw_conv_input(g: Any, weight: Any, shape: tuple, groups: int, **geometry: Any) -> Any:
+    windows = raw_windows(shape, weight.shape[2:], **geometry)
+    return Op.registry["convolution_input_gradient"](g, weight, windows=windows, groups=groups)
+
+
+def raw_conv_weight(g: Any, x: Any, size: tuple, groups: int, **geometry: Any) -> Any:
+    windows = raw_windows(x.shape, size, **geometry)
+    return Op.registry["convolution_weight_gradient"](g, x, windows=windows, groups=groups)
+
+
+# x and weight, for a geometry each; the last has as many windows as pixels, and yet not one window a pixel.
+CONVOLUTIONS = (
+    ((1, 2, 3, 3), (1, 2, 2, 2), 1, GEOMETRIES[0]),
+    ((2, 2, 4, 3), (2, 1, 2, 2), 2, GEOMETRIES[1]),
+    ((1, 1, 3, 4), (2, 1, 2, 2), 1, GEOMETRIES[2]),
+    ((1, 2, 2, 2), (1, 2, 1, 1), 1, GEOMETRIES[0]),
+    ((2, 4, 3, 1), (4, 1, 2, 1), 4, GEOMETRIES[0]),
+    ((0, 2, 3, 3), (3, 2, 3, 2), 1, GEOMETRIES[0]),
+    ((1, 1, 2, 2), (1, 1, 1, 1), 1, {"stride": (3, 3), "padding": (1, 1), "dilation": (1, 1)}),
+)
+
+
+def convolutions(rng: Generator) -> Iterator[Case]:
+    for i, (x, weight, groups, geometry) in enumerate(CONVOLUTIONS):
+        bias = normal(rng, weight[:1]) if i % 2 else None
+        yield case(normal(rng, x), normal(rng, weight), bias, groups=groups, **geometry)
+
+
+def out_shape(x: tuple, weight: tuple, geometry: dict) -> tuple:
+    return (x[0], weight[0], *numpy_windows(np.zeros(x), weight[2:], **geometry)[1].shape[:2])
+
+
+def input_gradients(rng: Generator) -> Iterator[Case]:
+    for x, weight, groups, geometry in CONVOLUTIONS:
+        g = normal(rng, out_shape(x, weight, geometry))
+        yield case(g, normal(rng, weight), shape=x, groups=groups, **geometry)
+
+
+def weight_gradients(rng: Generator) -> Iterator[Case]:
+    for x, weight, groups, geometry in CONVOLUTIONS:
+        g = normal(rng, out_shape(x, weight, geometry))
+        yield case(g, normal(rng, x), size=weight[2:], groups=groups, **geometry)
+
+
+row(
+    "convolution",
+    F.conv2d,
+    numpy_conv2d,
+    convolutions,
+    (0, 1, 2),
+    bad=[
+        bad(
+            lambda: F.conv2d(t.ones(1, 3, 8, 8), t.ones(4, 1, 3, 3)),
+            ValueError,
+            r"conv2d: input has 3 channels, but the weight takes 1 \(input \(1, 3, 8, 8\), weight \(4, 1, 3, 3\)",
+        ),
+        bad(
+            lambda: F.conv2d(t.ones(2, 2), t.ones(4, 1, 3, 3)), ValueError, r"conv2d: expected an input \(N, C, H, W\)"
+        ),
+        bad(lambda: F.conv2d(t.ones(1, 2, 4, 4), t.ones(3, 1, 1, 1), groups=2), ValueError, "groups must divide the 3"),
+        bad(lambda: F.conv2d(t.ones(1, 1, 2, 8), t.ones(1, 1, 3, 3)), ValueError, "a window of 3x3 .* 2x8"),
+        bad(lambda: F.conv2d(t.ones(1, 1, 4, 4), t.ones(1, 1, 3, 3), stride=0), ValueError, "conv2d: stride must be"),
+        bad(
+            lambda: F.conv2d(t.ones(1, 1, 4, 4), t.ones(1, 1, 3, 3), stride=2, padding="same"),
+            ValueError,
+            r"conv2d: padding='same' is for a stride of 1, the stride is \(2, 2\)",
+        ),
+        bad(
+            lambda: F.conv2d(t.ones(1, 1, 4, 4), t.ones(1, 1, 3, 3), padding="full"),
+            ValueError,
+            "conv2d: padding must be 'valid', 'same'",
+        ),
+        bad(
+            lambda: F.conv2d(t.ones(1, 1, 4, 4, dtype="float64"), t.ones(1, 1, 3, 3)),
+            TypeError,
+            "conv2d: input is float64, but the weight is float32",
+        ),
+        bad(
+            lambda: F.conv2d(t.ones(1, 1, 4, 4), t.ones(2, 1, 3, 3), t.ones(3)),
+            ValueError,
+            r"conv2d: expected a float32 bias \(2,\)",
+        ),
+    ],
+    loose=5,
+)
+row("convolution_input_gradient", raw_conv_input, numpy_conv_input, input_gradients, (0, 1), loose=5)
+row("convolution_weight_gradient", raw_conv_weight, numpy_conv_weight, weight_gradients, (0, 1), loose=5)
+
+POOLINGS = (
+    ((2, 2, 4, 3), {"size": (2, 2), **GEOMETRIES[0]}),
+    ((1, 5, 4), {"size": (3, 2), "stride": (2, 2), "padding": (1, 0), "dilation": (1, 1)}),
+    ((1, 1, 4, 4), {"size": (2, 2), "stride": (1, 1), "padding": (1, 1), "dilation": (2, 2)}),
+    ((1, 2, 3, 3), {"size": (1, 1), "stride": (2, 1), "padding": (0, 0), "dilation": (1, 1)}),
+    ((0, 2, 4, 4), {"size": (2, 2), "stride": (2, 2), "padding": (0, 0), "dilation": (1, 1)}),
+)
+
+
+def numpy_maxima(x: np.ndarray, **geometry: Any) -> tuple:
+    """(values, place of each in the padded picture, the padded shape)."""
+    windows, places, padded = numpy_windows(x, border=-np.inf, **geometry)
+    flat = windows.reshape(*windows.shape[:-2], math.prod(windows.shape[-2:]))
+    numbers = np.broadcast_to(places.reshape(flat.shape[-3:]), flat.shape)
+    first = flat.argmax(-1)[..., None]
+    return np.take_along_axis(flat, first, -1)[..., 0], np.take_along_axis(numbers, first, -1)[..., 0], padded
+
+
+def numpy_scatter(g: np.ndarray, x: np.ndarray, _: Any, **geometry: Any) -> np.ndarray:
+    places, padded = numpy_maxima(x, **geometry)[1:]
+    out = np.zeros((math.prod(x.shape[:-2]), math.prod(padded[-2:])))
+    count = math.prod(places.shape[-2:])
+    for line, where, part in zip(out, places.reshape(-1, count), g.reshape(-1, count), strict=True):
+        np.add.at(line, where, part)
+    (top, left), out = geometry["padding"], out.reshape(*x.shape[:-2], *padded[-2:])
+    return out[..., top : padded[-2] - top, left : padded[-1] - left]
+
+
+def numpy_pick(values: np.ndarray, x: np.ndarray, _: Any, **geometry: Any) -> np.ndarray:
+    places = numpy_maxima(x, **geometry)[1]
+    padded = np.pad(values, [(0, 0)] * (x.ndim - 2) + [(p, p) for p in geometry["padding"]])
+    flat, where = (a.reshape(*x.shape[:-2], math.prod(a.shape[-2:])) for a in (padded, places))
+    return np.take_along_axis(flat, where, -1).reshape(places.shape)
+
+
+def maxima_cases(kind: str) -> Callable:
+    def cases(rng: Generator) -> Iterator[Case]:
+        for shape, geometry in POOLINGS:
+            x = distinct(rng, shape)
+            out = numpy_maxima(x, **geometry)[0]
+            if kind == "pool":
+                yield case(x, **geometry)
+            else:
+                yield case(normal(rng, out.shape if kind == "scatter" else shape), x, out, **geometry)
+
+    return cases
+
+
+def pooled(operation: str) -> Callable:
+    def call(*inputs: Any, size: tuple, **geometry: Any) -> Any:
+        x = inputs[0] if operation == "max_pool" else inputs[1]
+        return Op.registry[operation](*inputs, windows=raw_windows(x.shape, size, **geometry))
+
+    return call
+
+
+row(
+    "max_pool",
+    pooled("max_pool"),
+    lambda x, **geometry: numpy_maxima(x, **geometry)[0],
+    maxima_cases("pool"),
+    bad=[
+        bad(lambda: F.max_pool2d(t.ones(4, 4), 2), ValueError, r"max_pool2d: expected an input .* got \(4, 4\)"),
+        bad(lambda: F.max_pool2d(t.ones(1, 4, 4), 2, padding=2), ValueError, "padding must be at most half of kernel"),
+        bad(lambda: F.max_pool2d(t.ones(1, 4, 4), 5), ValueError, "max_pool2d: a window of 5x5 .* 4x4"),
+        bad(lambda: F.max_pool2d(t.ones(1, 4, 4), (2, 2, 2)), ValueError, "max_pool2d: kernel_size must be a whole"),
+    ],
+)
+row("scatter_to_maxima", pooled("scatter_to_maxima"), numpy_scatter, maxima_cases("scatter"))
+row("gather_from_maxima", pooled("gather_from_maxima"), numpy_pick, maxima_cases("gather"))
+
+AVERAGES = (
+    ((2, 4, 3), {"kernel_size": 2}),
+    ((1, 2, 4, 5), {"kernel_size": (3, 2), "stride": (2, 1), "padding": (1, 1)}),
+    ((1, 2, 4, 5), {"kernel_size": (3, 2), "stride": (2, 1), "padding": (1, 1), "count_include_pad": False}),
+    ((1, 3, 4), {"kernel_size": 2, "divisor_override": 3, "stride": 1}),
+)
+
+
+def numpy_avg(
+    x: np.ndarray, kernel_size: Any, stride: Any = None, padding: Any = (0, 0), count_include_pad: bool = True,
+    divisor_override: int | None = None,
+) -> np.ndarray:  # fmt: skip
+    size = (kernel_size, kernel_size) if isinstance(kernel_size, int) else kernel_size
+    stride = size if stride is None else (stride, stride) if isinstance(stride, int) else stride
+    geometry = {"size": size, "stride": stride, "padding": padding, "dilation": (1, 1)}
+    counts = numpy_windows(np.ones(x.shape[-2:]), border=float(count_include_pad), **geometry)[0].sum((-2, -1))
+    return numpy_windows(x, **geometry)[0].sum((-2, -1)) / (divisor_override or counts)
+
+
+def numpy_avg_back(g: np.ndarray, shape: tuple, **attributes: Any) -> np.ndarray:
+    """The transpose of the mean as a matrix."""
+    units = np.eye(math.prod(shape)).reshape(-1, *shape)
+    return np.stack([(numpy_avg(unit, **attributes) * g).sum() for unit in units]).reshape(shape)
+
+
+def raw_avg_back(g: Any, shape: tuple, **attributes: Any) -> Any:
+    from tinytorch.m09_spatial import pooling
+
+    size, stride, padding = (attributes.get(name) for name in ("kernel_size", "stride", "padding"))
+    windows = pooling("avg_pool2d", t.zeros(shape), size, stride, padding or 0, 1, False)
+    borders = padding if padding and attributes.get("count_include_pad", True) else (0, 0)
+    counted = tuple((n, n) for n in borders)
+    back = Op.registry["avg_pool_gradient"]
+    return back(g, windows=windows, counted=counted, divisor=attributes.get("divisor_override"))
+
+
+def averages(rng: Generator) -> Iterator[Case]:
+    for shape, attributes in AVERAGES:
+        yield case(normal(rng, shape), **attributes)
+
+
+def averages_back(rng: Generator) -> Iterator[Case]:
+    for shape, attributes in AVERAGES:
+        yield case(normal(rng, numpy_avg(np.zeros(shape), **attributes).shape), shape=shape, **attributes)
+
+
+row(
+    "avg_pool",
+    F.avg_pool2d,
+    numpy_avg,
+    averages,
+    bad=[
+        bad(lambda: F.avg_pool2d(t.ones(1, 4, 4), 2, divisor_override=0), ValueError, "divisor_override must not be 0"),
+        bad(lambda: F.avg_pool1d(t.ones(4), 2), ValueError, r"avg_pool1d: expected an input \(N, C, L\)"),
+    ],
+)
+row("avg_pool_gradient", raw_avg_back, numpy_avg_back, averages_back)
+
+
+def numpy_unfold(x: np.ndarray, kernel_size: tuple, **geometry: Any) -> np.ndarray:
+    windows = numpy_windows(x, kernel_size, **geometry)[0]
+    return np.moveaxis(windows, (4, 5), (2, 3)).reshape(len(x), x.shape[1] * math.prod(kernel_size), -1)
+
+
+def numpy_fold(x: np.ndarray, output_size: tuple, kernel_size: tuple, **geometry: Any) -> np.ndarray:
+    _, places, padded = numpy_windows(np.zeros(output_size), kernel_size, **geometry)
+    parts = x.reshape(len(x), -1, *kernel_size, *places.shape[:2])
+    return numpy_added(np.moveaxis(parts, (2, 3), (4, 5)), places, padded, geometry["padding"])
+
+
+def unfolded(rng: Generator) -> Iterator[Case]:
+    for x, weight, _, geometry in CONVOLUTIONS[:4]:
+        yield case(normal(rng, x), kernel_size=weight[2:], **geometry)
+
+
+def folded(rng: Generator) -> Iterator[Case]:
+    for x, weight, _, geometry in CONVOLUTIONS[:4]:
+        columns = numpy_unfold(normal(rng, x), weight[2:], **geometry)
+        yield case(normal(rng, columns.shape), output_size=x[2:], kernel_size=weight[2:], **geometry)
+
+
+row("windows_to_columns", F.unfold, numpy_unfold, unfolded,
+    bad=[bad(lambda: F.unfold(t.ones(3, 3), 2), ValueError, r"unfold: expected an input .* got \(3, 3\)")])  # fmt: skip
+row("columns_to_windows", F.fold, numpy_fold, folded,
+    bad=[bad(lambda: F.fold(t.ones(1, 8, 3), (3, 3), 2), ValueError,
+             r"fold: expected columns \(N, a multiple of 4, 4\) for \(2, 2\) windows")])  # fmt: skip
+
+
+def numpy_normalize(x: np.ndarray, weight: Any = None, bias: Any = None, *, dims: tuple, eps: float) -> tuple:
+    mean, variance = x.mean(dims, keepdims=True), x.var(dims, keepdims=True)
+    out = (x - mean) / np.sqrt(variance + eps)
+    return out * (1 if weight is None else weight) + (0 if bias is None else bias), mean, variance
+
+
+NORMALIZED = (
+    ((3, 2), (2,), (0,)),
+    ((2, 2, 3), (2, 1), (0, 2)),
+    ((2, 2, 2, 2), (2, 2, 1), (2, 3)),
+    ((2, 5), (5,), (1,)),
+    ((0, 3), (3,), (1,)),
+)
+
+
+def normalized(rng: Generator) -> Iterator[Case]:
+    for i, (shape, parameters, dims) in enumerate(NORMALIZED):
+        weight, bias = (normal(rng, parameters) if i != 1 else None for _ in range(2))
+        yield case(normal(rng, shape), weight, bias, dims=dims, eps=0.1)
+
+
+def normalized_back(kind: str) -> Callable:
+    def cases(rng: Generator) -> Iterator[Case]:
+        for i, (shape, parameters, dims) in enumerate(NORMALIZED):
+            g, x, weight = normal(rng, shape), normal(rng, shape), normal(rng, parameters)
+            _, mean, variance = numpy_normalize(x, dims=dims, eps=0.1)
+            if kind == "input":
+                yield case(g, x, None if i == 1 else weight, mean, variance, dims=dims, eps=0.1)
+            else:
+                yield case(g, x, mean, variance, eps=0.1, shape=parameters)
+
+    return cases
+
+
+def numpy_normalize_input(
+    g: np.ndarray, x: np.ndarray, weight: Any, mean: np.ndarray, variance: np.ndarray, *, dims: tuple, eps: float
+) -> np.ndarray:
+    """By mean and variance as functions of x: the long way."""
+    g, count = g * (1 if weight is None else weight), math.prod(x.shape[d] for d in dims)
+    r = 1 / np.sqrt(variance + eps)
+    to_variance = (g * (x - mean) * -0.5 * r**3).sum(dims, keepdims=True)
+    to_mean = (-g * r).sum(dims, keepdims=True)
+    return g * r + to_variance * 2 * (x - mean) / count + to_mean / count
+
+
+def numpy_normalize_weight(
+    g: np.ndarray, x: np.ndarray, mean: np.ndarray, variance: np.ndarray, *, eps: float, shape: tuple
+) -> np.ndarray:
+    parts = g * (x - mean) / np.sqrt(variance + eps)
+    parts = parts.sum(tuple(range(x.ndim - len(shape))))
+    return parts.sum(tuple(d for d, n in enumerate(shape) if n == 1), keepdims=True)
+
+
+row("normalize", Op.registry["normalize"], numpy_normalize, normalized, (0, 1, 2), loose=5)
+row("normalize_input_gradient", Op.registry["normalize_input_gradient"], numpy_normalize_input,
+    normalized_back("input"), (), loose=10)  # fmt: skip
+row("normalize_weight_gradient", Op.registry["normalize_weight_gradient"], numpy_normalize_weight,
+    normalized_back("weight"), (), loose=10)  # fmt: skip
+
+# What is composed of these and of the operations of 02.
+
+
+def transposed_cases(rng: Generator) -> Iterator[Case]:
+    for x, weight, groups, geometry in CONVOLUTIONS[:3]:
+        g = normal(rng, out_shape(x, weight, geometry))
+        extra = tuple(
+            n + 2 * p - d * (k - 1) - 1 - (o - 1) * s
+            for n, k, o, s, p, d in zip(x[2:], weight[2:], g.shape[2:], *geometry.values(), strict=True)
+        )
+        bias = normal(rng, (x[1],))
+        yield case(g, normal(rng, weight), bias, output_padding=extra, groups=groups, **geometry)
+
+
+def numpy_transposed(
+    g: np.ndarray, weight: np.ndarray, bias: np.ndarray, output_padding: tuple, groups: int, **geometry: Any
+) -> np.ndarray:
+    lengths = zip(g.shape[2:], weight.shape[2:], output_padding, *geometry.values(), strict=True)
+    size = [(n - 1) * s - 2 * p + d * (k - 1) + 1 + e for n, k, e, s, p, d in lengths]
+    shape = (len(g), weight.shape[1] * groups, *size)
+    return numpy_conv_input(g, weight, shape, groups, **geometry) + bias[:, None, None]
+
+
+row(
+    "conv_transpose2d",
+    F.conv_transpose2d,
+    numpy_transposed,
+    transposed_cases,
+    (0, 1, 2),
+    bad=[
+        bad(
+            lambda: F.conv_transpose2d(t.ones(1, 3, 8, 8), t.ones(4, 1, 3, 3)),
+            ValueError,
+            "conv_transpose2d: input has 3 channels, but the weight takes 4",
+        ),
+        bad(
+            lambda: F.conv_transpose2d(t.ones(1, 4, 8, 8), t.ones(4, 1, 3, 3), stride=2, output_padding=2),
+            ValueError,
+            r"output_padding must be smaller than stride or dilation, got output_padding \(2, 2\)",
+        ),
+        bad(
+            lambda: F.conv_transpose2d(t.ones(1, 4, 1, 8), t.ones(4, 1, 3, 3), padding=2),
+            ValueError,
+            r"a padding of \(2, 2\) leaves nothing of a result of -1x6",
+        ),
+    ],
+    loose=5,
+)
+
+
+def numpy_adaptive(x: np.ndarray, output_size: tuple) -> np.ndarray:
+    out = np.zeros((*x.shape[:-2], *output_size))
+    for i, j in np.ndindex(*output_size):
+        (top, bottom), (left, right) = (
+            (math.floor(k * n / m), math.ceil((k + 1) * n / m))
+            for k, n, m in zip((i, j), x.shape[-2:], output_size, strict=True)
+        )
+        out[..., i, j] = x[..., top:bottom, left:right].mean((-2, -1))
+    return out
+
+
+row(
+    "adaptive_avg_pool2d",
+    F.adaptive_avg_pool2d,
+    numpy_adaptive,
+    with_attributes(
+        ((2, 5, 4), (1, 2, 3, 3), (1, 2, 4, 2)),
+        ({"output_size": (3, 3)}, {"output_size": (1, 1)}, {"output_size": (2, 5)}),
+    ),
+    bad=[
+        bad(lambda: F.adaptive_avg_pool2d(t.ones(2, 2), 1), ValueError, r"adaptive_avg_pool2d: expected an input"),
+        bad(lambda: F.adaptive_avg_pool2d(t.ones(1, 2, 2), 0), ValueError, "output_size must be a whole number >= 1"),
+    ],
+)
+
+
+def numpy_interpolate(x: np.ndarray, size: tuple, mode: str, align_corners: bool | None = None) -> np.ndarray:
+    out = np.zeros((*x.shape[:2], *size))
+    for place in np.ndindex(*size):
+        shares = []
+        for i, n, m in zip(place, x.shape[2:], size, strict=True):
+            if mode == "nearest":
+                shares.append(np.eye(n)[i * n // m])
+                continue
+            at = i * (n - 1) / max(m - 1, 1) if align_corners else min(max((i + 0.5) * n / m - 0.5, 0), n - 1)
+            low = math.floor(at)
+            shares.append(np.eye(n)[low] * (1 - at + low) + np.eye(n)[min(low + 1, n - 1)] * (at - low))
+        out[..., place[0], place[1]] = np.einsum("ncij,i,j->nc", x, *shares)
+    return out
+
+
+row(
+    "interpolate",
+    F.interpolate,
+    numpy_interpolate,
+    with_attributes(
+        ((1, 2, 2, 3), (1, 1, 3, 2), (1, 2, 3, 3), (1, 1, 2, 4)),
+        (
+            {"size": (4, 9), "mode": "nearest"},
+            {"size": (2, 5), "mode": "nearest"},
+            {"size": (5, 2), "mode": "bilinear"},
+            {"size": (3, 6), "mode": "bilinear", "align_corners": True},
+        ),
+    ),
+    bad=[
+        bad(
+            lambda: F.interpolate(t.ones(1, 1, 2, 2), 4, 2.0), ValueError, "either size or scale_factor, got 4 and 2.0"
+        ),
+        bad(lambda: F.interpolate(t.ones(1, 1, 2, 2), 4, mode="bicubic"), ValueError, "mode must be one of"),
+        bad(lambda: F.interpolate(t.ones(1, 1, 2, 2), 4, align_corners=True), ValueError, "align_corners is for mode"),
+        bad(lambda: F.interpolate(t.ones(1, 1, 2, 2), scale_factor=0.3), ValueError, "scale_factor 0.3 leaves nothing"),
+        bad(lambda: F.interpolate(t.ones(2, 2), 4), ValueError, r"expected an input \(N, C, L\) or \(N, C, H, W\)"),
+    ],
+)
+
+
+def grids(rng: Generator) -> Iterator[Case]:
+    for padding_mode in ("zeros", "border"):
+        pixels = rng.integers(-2, 5, (1, 2, 3, 2)) + rng.uniform(0.2, 0.8, (1, 2, 3, 2))  # between two, away from both
+        yield case(normal(rng, (1, 2, 4, 3)), (2 * pixels + 1) / np.array([3, 4]) - 1, padding_mode=padding_mode)
+
+
+def numpy_grid_sample(x: np.ndarray, grid: np.ndarray, padding_mode: str) -> np.ndarray:
+    out = np.zeros((len(x), x.shape[1], *grid.shape[1:3]))
+    height, width = x.shape[2:]
+    for n, i, j in np.ndindex(*grid.shape[:3]):
+        column, line = ((g + 1) * m / 2 - 0.5 for g, m in zip(grid[n, i, j], (width, height), strict=True))
+        if padding_mode == "border":
+            column, line = min(max(column, 0), width - 1), min(max(line, 0), height - 1)
+        for v in range(height):
+            for u in range(width):
+                out[n, :, i, j] += x[n, :, v, u] * max(0, 1 - abs(column - u)) * max(0, 1 - abs(line - v))
+    return out
+
+
+row(
+    "grid_sample",
+    F.grid_sample,
+    numpy_grid_sample,
+    grids,
+    (0, 1),
+    bad=[
+        bad(
+            lambda: F.grid_sample(t.ones(1, 1, 2, 2), t.ones(2, 2, 2, 2)), ValueError, "grid_sample: expected an input"
+        ),
+        bad(
+            lambda: F.grid_sample(t.ones(1, 1, 2, 2), t.ones(1, 2, 2, 2), "cubic"), ValueError, "mode must be bilinear"
+        ),
+        bad(
+            lambda: F.grid_sample(t.ones(1, 1, 2, 2), t.ones(1, 2, 2, 2), padding_mode="wrap"),
+            ValueError,
+            "padding_mode must be zeros, border or reflection, got 'wrap'",
+        ),
+        bad(
+            lambda: F.grid_sample(t.ones(1, 1, 2, 2), t.ones(1, 2, 2, 2, dtype="float64")),
+            TypeError,
+            "grid_sample: input is float32, but the grid is float64",
+        ),
+    ],
+    loose=10,
+)
+row(
+    "group_norm",
+    lambda x, w, b: F.group_norm(x, 2, w, b),
+    lambda x, w, b: (
+        numpy_normalize(x.reshape(len(x), 2, -1), dims=(2,), eps=1e-5)[0].reshape(x.shape) * w[:, None] + b[:, None]
+    ),
+    lambda rng: iter([case(normal(rng, (2, 6, 2)), normal(rng, (6,)), normal(rng, (6,)))]),
+    (0, 1, 2),
+    bad=[
+        bad(lambda: F.group_norm(t.ones(1, 3, 2), 2), ValueError, r"group_norm: num_groups must divide the channels"),
+        bad(lambda: F.group_norm(t.ones(1, 4), 4), ValueError, "group_norm: expected more than one value a group"),
+        bad(lambda: F.group_norm(t.ones(2, 4), 2, t.ones(3)), ValueError, r"4 channels, but weight has shape \(3,\)"),
+    ],
+    loose=5,
+)
+row(
+    "pixel_shuffle",
+    F.pixel_shuffle,
+    lambda x, upscale_factor: np.block([[[x[..., 0, :, :], x[..., 1, :, :]], [x[..., 2, :, :], x[..., 3, :, :]]]])[
+        ..., [0, 2, 1, 3] if x.shape[-2] == 2 else slice(None), :
+    ][..., [0, 2, 1, 3]],
+    with_attributes(((4, 2, 2),), ({"upscale_factor": 2},)),
+    bad=[bad(lambda: F.pixel_shuffle(t.ones(3, 2, 2), 2), ValueError, "with a multiple of 4 channels, got")],
 )
