@@ -212,6 +212,26 @@ MODULES = (
             """,
         },
     ),
+    Module(
+        number=10,
+        name="dataloader",
+        title="Data loading",
+        part="Vision",
+        checkpoint="Have the next batch ready before it is asked for, and the same one every time",
+        exports={
+            "utils.data": """
+                Dataset TensorDataset IterableDataset Subset ConcatDataset random_split
+                Sampler SequentialSampler RandomSampler SubsetRandomSampler WeightedRandomSampler BatchSampler
+                DataLoader default_collate=collate get_worker_info
+            """,
+            "datasets": "Digits MNIST FashionMNIST CIFAR10 CIFAR100 TextFile Shakespeare PythonDocs",
+            "transforms": """
+                Transform Compose ToFloat Normalize RandomCrop RandomHorizontalFlip
+                RandomVerticalFlip CenterCrop Pad Resize RandomAffine RandomRotation RandomErasing Cutout
+                Grayscale ColorJitter Lambda RandomApply RandomChoice MixUp CutMix
+            """,
+        },
+    ),
 )
 
 FACES = (
@@ -219,14 +239,17 @@ FACES = (
     "autograd",
     "autograd.functional",
     "cuda",
+    "datasets",
     "nn",
     "nn.functional",
     "nn.init",
     "nn.utils",
     "optim",
     "optim.lr_scheduler",
+    "transforms",
     "utils",
     "utils.checkpoint",
+    "utils.data",
 )
 
 SUBPACKAGES = ("backends", "kernels", "milestones", "profiling")  # those that `import tinytorch` is enough for, too

@@ -1,7 +1,8 @@
-"""Appendix to module 01: the doctor's checks of BLAS, the processor, Numba, CuPy, the GPUs and matplotlib; and figures.
+"""Appendix to module 01: the doctor's checks of BLAS, the processor, Numba, CuPy, the GPUs and matplotlib; figures;
+downloads.
 
 Each check imports what it examines only when it runs, and expects that to fail in any way. Figures are drawn with
-matplotlib, which is imported with the first one.
+matplotlib, which is imported with the first one, and so are pooch and rich with the first download.
 """
 
 from __future__ import annotations
@@ -13,12 +14,15 @@ import importlib.util
 import io
 import os
 import re
-from collections.abc import Iterator
+import shutil
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
-from functools import cache
+from functools import cache, partial
+from http.client import HTTPException
 from pathlib import Path
 from types import ModuleType
 from typing import TYPE_CHECKING, Any
+from urllib.request import Request, urlopen
 
 import numpy as np
 
@@ -287,3 +291,107 @@ def save_figure(figure: Figure, path: str | os.PathLike) -> Path:
     path.parent.mkdir(parents=True, exist_ok=True)
     atomic_write(path, buffer.getvalue())
     return path
+
+
+# -- downloads ---------------------------------------------------------------------------------------------------------
+
+TIMEOUT = 20  # seconds without a byte until a mirror is given up
+ROUNDS = 20  # how often the mirrors are asked for the rest of a file, as long as some of it arrives
+
+
+def download(
+    file: str, mirrors: Sequence[str], size: int, checksum: str, folder: str | os.PathLike, advice: str = ""
+) -> Path:
+    """Download a file from whichever mirror has it; returns where it lies. One that lies there already is kept.
+
+    A download that was cut is continued, by this call or a later one: what has arrived waits in `file`.part. Only a
+    file whose checksum is right gets its name.
+
+    Args:
+        file: its name, on the mirrors and in the folder.
+        mirrors: what stands before the name in its URLs; they are tried in this order. Without any, nothing is
+            downloaded.
+        size: bytes that it has.
+        checksum: of all of it: "md5:…" or "sha256:…", in hexadecimal digits.
+        folder: where it is put; made if need be.
+        advice: what to do instead, for the error.
+
+    Raises:
+        FileNotFoundError: no mirror gave the whole file; the message names each with its reason.
+    """
+    import pooch
+
+    folder, problems, (algorithm, _, digest) = Path(folder), {}, checksum.partition(":")
+    path, part = folder / file, folder / f"{file}.part"
+
+    def done() -> bool:
+        """Whether the file is there, whoever has fetched it."""
+        return path.is_file() and pooch.file_hash(path, algorithm) == digest
+
+    if done():
+        return path
+    pooch.get_logger().setLevel("WARNING")  # the progress bar has said it already
+    for _ in range(ROUNDS):
+        before = _size(part)
+        for mirror in mirrors:
+            try:
+                _continue(mirror + file, part, size)
+                pooch.retrieve(mirror + file, checksum, file, folder, downloader=partial(_copy, part))
+            except ValueError:  # pooch says so of a wrong checksum: what we have is not the start of the file
+                part.unlink(missing_ok=True)
+                problems[mirror] = "the content is not the official one"
+            except (OSError, HTTPException) as error:
+                problems[mirror] = str(error) or type(error).__name__
+            else:
+                with suppress(OSError):  # gone, or another process has it open
+                    part.unlink()
+                return path
+            if done():  # by another process, which has removed the part
+                return path
+        if _size(part) == before:
+            break
+    tried = "; ".join(f"{mirror}: {problem}" for mirror, problem in problems.items()) or "downloading is off"
+    advice = advice or f"put it into {folder}"
+    raise FileNotFoundError(f"{file} is missing and was not downloaded ({tried}); {advice}")
+
+
+def _continue(url: str, part: Path, size: int) -> None:
+    """Fetch what `part` lacks of `size` bytes. Whatever breaks, it keeps what has arrived."""
+    have = _size(part)
+    if have < size:
+        part.parent.mkdir(parents=True, exist_ok=True)
+        with urlopen(Request(url, headers={"Range": f"bytes={have}-"}), timeout=TIMEOUT) as response:
+            if not response.headers.get("Content-Range", "").startswith(f"bytes {have}-"):
+                have = 0  # this server sends everything again
+            offered = have + int(response.headers.get("Content-Length", size - have))
+            if offered != size:
+                raise OSError(f"offers {offered:,} bytes, the file has {size:,}")
+            _receive(response, part, have, size)
+    if (have := _size(part)) < size:
+        raise ConnectionError(f"the connection ended after {have:,} of {size:,} bytes")
+
+
+def _copy(part: Path, _url: str, output_file: str, _pooch: Any) -> None:
+    """What pooch takes for a downloader; it checks the copy, which no other process writes to, and then renames it."""
+    shutil.copyfile(part, output_file)
+
+
+def _receive(response: Any, part: Path, have: int, size: int) -> None:
+    """Write a response to `part` behind the `have` bytes that stay in it, and show how far it is."""
+    from rich.console import Console
+    from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TransferSpeedColumn
+
+    columns = (TextColumn(part.stem), BarColumn(), DownloadColumn(), TransferSpeedColumn())
+    part.touch()
+    with open(part, "r+b") as file, Progress(*columns, console=Console(stderr=True)) as progress:
+        file.seek(have)  # and not to the end: of two processes that fetch the file, both write the same bytes there
+        task = progress.add_task("", total=size, completed=have)
+        while have <= size and (chunk := response.read(1 << 16)):
+            file.write(chunk)
+            have += len(chunk)
+            progress.update(task, completed=have)
+
+
+def _size(path: Path) -> int:
+    """Bytes in a file; 0 if there is none."""
+    return path.stat().st_size if path.exists() else 0
