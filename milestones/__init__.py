@@ -48,4 +48,11 @@ MILESTONES = (
         data="Digits 8x8 or MNIST",
         threshold="96 % or 98 %",
     ),
+    Milestone(
+        name="cnn",
+        year=1998,
+        title="A convolutional network learns to see",
+        data="Digits 8x8, MNIST or CIFAR-10",
+        threshold="98 %, 99.2 %, 55 % or 75 %",
+    ),
 )

@@ -99,6 +99,7 @@ def run(options: Options, argv: Sequence[str], program: Program) -> int:
     Returns the exit status: 0 if every check passed, 1 if not, 2 if the program could not do what it was asked.
     """
     arguments = options.parse_args(argv)
+    arguments.finish = lambda: None  # what a program has to do when its report is written
     output = sys.stdout
     try:
         with redirect_stdout(sys.stderr if arguments.json else output), default_device(arguments.device):
@@ -107,6 +108,7 @@ def run(options: Options, argv: Sequence[str], program: Program) -> int:
             report = {**header(options.name, arguments, checks), **findings}
             text = json.dumps(report, indent=2) + "\n"
             atomic_write(arguments.out / "report.json", text.encode())
+            arguments.finish()
             print(f"\nreport and figures: {arguments.out}")
             for check in checks:
                 print(check, file=None if check.passed else sys.stderr, flush=True)

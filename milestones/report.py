@@ -76,6 +76,8 @@ def _print_square(matrix: np.ndarray, names: list[str], label: int, column: int)
 
 def _print_mistakes(matrix: np.ndarray, names: list[str], width: int, most: int = 15) -> None:
     mistakes = [(matrix[i, j], i, j) for i, j in np.argwhere(matrix) if i != j]
+    if mistakes:
+        print("the most frequent mistakes:")
     for count, i, j in sorted(mistakes, key=lambda mistake: (-mistake[0], *mistake[1:]))[:most]:
         print(f"{count:>7,} × {names[i]}, read as {names[j]}"[:width])
 
@@ -209,22 +211,77 @@ def plot_mistakes(
         raise ValueError(f"plot_mistakes: images, labels, predictions and confidence differ in length: {lengths}")
     wrong = np.flatnonzero(labels != predictions)
     chosen = wrong[np.argsort(-confidence[wrong], kind="stable")][:count]
-    columns = max(3, math.ceil(math.sqrt(len(chosen))))
-    rows = math.ceil(len(chosen) / columns)
-    figure = new_figure(1.35 * columns, 1.65 * rows + 1.0, title)
     share = f"{len(wrong):,} of {len(labels):,} read wrongly" + (f", {len(chosen)} shown" if len(chosen) else "")
-    figure.supxlabel(share, fontsize=10, color=GREY)
-    for place, i in enumerate(chosen, start=1):
+    name = class_names.__getitem__ if class_names is not None else str
+    gap = " " if class_names is None or max(map(len, class_names)) <= 3 else "\n"
+    captions = [
+        f"{name(label)}, read as{gap}{name(prediction)}\n{100 * sure:.0f} % sure"
+        for label, prediction, sure in zip(labels[chosen], predictions[chosen], confidence[chosen], strict=True)
+    ]
+    return plot_sheet(images[chosen], captions, path, title, share)
+
+
+def plot_sheet(
+    images: Any, captions: Sequence[str], path: str | os.PathLike, title: str = "", note: str = "", columns: int = 0
+) -> Path:
+    """Draw pictures in rows, each with its caption; returns the path written.
+
+    Args:
+        images: (N, 1, H, W), (N, H, W) or in colour (N, 3, H, W), from 0 to 1; an array or a tensor.
+        note: a line below the pictures.
+        columns: how many pictures a row has; by default so many that the sheet is about square.
+    """
+    images = to_numpy(images)
+    columns = columns or max(3, math.ceil(math.sqrt(len(images))))
+    rows, lines = math.ceil(len(images) / columns), max((text.count("\n") + 1 for text in captions), default=1)
+    figure = new_figure(1.35 * columns, (1.35 + 0.15 * lines) * rows + 1.0, title)
+    figure.supxlabel(note, fontsize=10, color=GREY)
+    for place, (image, caption) in enumerate(zip(images, captions, strict=True), start=1):
         axes = figure.add_subplot(rows, columns, place, xticks=(), yticks=())
-        axes.imshow(_picture(images[i]), cmap="gray_r", vmin=0, vmax=1, interpolation="nearest")
+        axes.imshow(picture_of(image), cmap="gray_r", vmin=0, vmax=1, interpolation="nearest")
         axes.spines[:].set_color("#C8C8C8")
-        label, prediction = (class_names[k] if class_names is not None else k for k in (labels[i], predictions[i]))
-        axes.set_title(f"{label}, read as {prediction}\n{100 * confidence[i]:.0f} % sure", fontsize=8)
+        axes.set_title(caption, fontsize=8)
     return save_figure(figure, path)
 
 
-def _picture(image: np.ndarray) -> np.ndarray:
+def picture_of(image: np.ndarray) -> np.ndarray:
     """(1, H, W) or (H, W) as (H, W), and (3, H, W) as (H, W, 3)."""
     if image.ndim == 3:
         return image[0] if image.shape[0] == 1 else image.transpose(1, 2, 0)
     return image
+
+
+# -- weights -----------------------------------------------------------------------------------------------------------
+
+
+def plot_filters(weights: Any, path: str | os.PathLike, title: str = "Filters") -> Path:
+    """Draw a first layer's kernels; returns the path written.
+
+    Those of colour pictures are colours around grey, which stands for 0; those of one channel are orange where they are
+    negative and blue where they are positive. Each is scaled by its own largest weight.
+
+    Args:
+        weights: (O, 1, KH, KW) or (O, 3, KH, KW), an array or a tensor.
+    """
+    weights = to_numpy(weights)
+    if weights.ndim != 4 or weights.shape[1] not in (1, 3):
+        raise ValueError(f"plot_filters: expected weights (O, 1, KH, KW) or (O, 3, KH, KW), got {weights.shape}")
+    scaled = weights / np.maximum(np.abs(weights).max(axis=(1, 2, 3), keepdims=True), 1e-12)
+    columns = min(8, len(weights))
+    rows = math.ceil(len(weights) / columns)
+    figure = new_figure(0.8 * columns + 0.6, 0.8 * rows + 1.0, title)
+    colours = _diverging()
+    for place, kernel in enumerate(scaled, start=1):
+        axes = figure.add_subplot(rows, columns, place, xticks=(), yticks=())
+        picture = picture_of(kernel if len(kernel) == 1 else (kernel + 1) / 2)
+        axes.imshow(picture, cmap=colours, vmin=-1, vmax=1, interpolation="nearest")
+        axes.spines[:].set_color("#C8C8C8")
+    note = "grey is 0" if weights.shape[1] == 3 else "orange is negative, blue positive"
+    figure.supxlabel(f"{len(weights)} of {weights.shape[2]}×{weights.shape[3]}, {note}", fontsize=10, color=GREY)
+    return save_figure(figure, path)
+
+
+def _diverging() -> Any:
+    from matplotlib.colors import LinearSegmentedColormap
+
+    return LinearSegmentedColormap.from_list("orange-white-blue", [ORANGE, "white", BLUE])

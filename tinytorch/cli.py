@@ -1,4 +1,4 @@
-"""The command `tinytorch`: `doctor`, `modules`, `test` and `milestone`.
+"""The command `tinytorch`: `doctor`, `modules`, `test`, `milestone`, `show` and `predict`.
 
 Whatever takes time to import is imported inside the command that needs it.
 """
@@ -19,7 +19,7 @@ from tinytorch.curriculum import MODULES, find_module
 
 app = typer.Typer(
     help="TinyTorch: a deep-learning framework in twenty modules.",
-    epilog="Example: tinytorch milestone run mlp",
+    epilog="Example: tinytorch milestone run cnn",
     add_completion=False,
     rich_markup_mode=None,
     pretty_exceptions_enable=False,
@@ -29,7 +29,13 @@ milestone = typer.Typer(
     epilog="Example: tinytorch milestone list",
     rich_markup_mode=None,
 )
+show = typer.Typer(
+    help="Look at what a network is given.",
+    epilog="Example: tinytorch show data cifar10",
+    rich_markup_mode=None,
+)
 app.add_typer(milestone, name="milestone")
+app.add_typer(show, name="show")
 
 JsonOption = Annotated[bool, typer.Option("--json", help="Print JSON instead of text.")]
 
@@ -126,7 +132,7 @@ def milestone_list(as_json: JsonOption = False) -> None:
 @milestone.command(
     "run",
     options_metavar="",
-    epilog="Examples: tinytorch milestone run; tinytorch milestone run mlp --help",
+    epilog="Examples: tinytorch milestone run; tinytorch milestone run cnn --help",
     # Everything but a leading --help belongs to the program.
     context_settings={"ignore_unknown_options": True, "help_option_names": [], "allow_interspersed_args": False},
 )
@@ -134,7 +140,7 @@ def milestone_run(
     context: typer.Context,
     arguments: Annotated[
         list[str] | None,
-        typer.Argument(metavar="NAME [OPTION]", help="Which program (mlp if not given), and its own options."),
+        typer.Argument(metavar="NAME [OPTION]", help="Which program (cnn if not given), and its own options."),
     ] = None,
 ) -> None:
     """Run a milestone program; options after its name are the program's own."""
@@ -144,11 +150,75 @@ def milestone_run(
     if rest[:1] == ["--help"]:
         print(context.get_help())
         return
-    name = rest.pop(0) if rest and not rest[0].startswith("-") else "mlp"
+    name = rest.pop(0) if rest and not rest[0].startswith("-") else "cnn"
     for found in MILESTONES:
         if found.name == name:
             raise typer.Exit(found.run(rest))
     fail(f"no milestone {name!r}; the milestones are {', '.join(found.name for found in MILESTONES)}")
+
+
+@show.command("data", epilog="Examples: tinytorch show data cifar10; tinytorch show data mnist --root ~/data --augment")
+def show_data(
+    name: Annotated[str, typer.Argument(metavar="NAME", help="The data set: digits, mnist, cifar10, shakespeare …")],
+    root: Annotated[Path | None, typer.Option(help="Folder with its files (else a download).")] = None,
+    test_part: Annotated[bool, typer.Option("--test", help="The test part, not the training part.")] = False,
+    augment: Annotated[bool, typer.Option(help="As the cnn is given them: shifted and mirrored at random.")] = False,
+    seed: Annotated[int, typer.Option(min=0, help="Which examples, and which changes.")] = 0,
+    out: Annotated[Path | None, typer.Option(help="Where the figure goes (runs/data/NAME.png).")] = None,
+    as_json: JsonOption = False,
+) -> None:
+    """Say what is in a data set, and draw a sheet of its pictures or print some of its lines."""
+    from tinytorch.milestones.show import describe_data
+
+    found = _or_fail(describe_data, name, root, not test_part, augment, seed, out)
+    if as_json:
+        print(json.dumps(found, indent=2))
+        return
+    lines = found.pop("lines", ())
+    print_rows(("", name), [(key.replace("_", " "), _as_text(value)) for key, value in found.items()])
+    for line in lines:
+        print(line)
+
+
+@app.command(epilog="Examples: tinytorch predict runs/cnn picture.png; tinytorch predict runs/cnn *.png --json")
+def predict(
+    run: Annotated[Path, typer.Argument(metavar="RUN", help="The folder of a trained network, such as runs/cnn.")],
+    pictures: Annotated[list[Path], typer.Argument(metavar="PICTURE…", help="PNG, JPEG and others.")],
+    top: Annotated[int, typer.Option(min=1, help="How many answers to print.")] = 3,
+    figure: Annotated[Path | None, typer.Option(help="Draw the picture as the network sees it (one picture).")] = None,
+    as_json: JsonOption = False,
+) -> None:
+    """Ask a trained network what is in a picture."""
+    from tinytorch.milestones.predict import predict_pictures
+
+    found = _or_fail(predict_pictures, run, pictures, figure)
+    if as_json:
+        print(json.dumps(found, indent=2))
+        return
+    for row in found:
+        print(f"{row['picture']}: {row['prepared']}")
+        for answer, share in list(row["probabilities"].items())[:top]:
+            print(f"  {answer:<12} {share:>7.1%}  {'#' * round(30 * share)}".rstrip())
+    if figure:
+        print(f"figure: {figure}")
+
+
+def _or_fail(function: Any, *arguments: Any) -> Any:
+    """What a function returns; the command ends with one line and status 2 where it cannot do what it was asked."""
+    from tinytorch.milestones.program import UsageError
+
+    try:
+        return function(*arguments)
+    except (UsageError, OSError) as error:
+        fail(str(error))
+
+
+def _as_text(value: Any) -> str:
+    if isinstance(value, dict):
+        return ", ".join(f"{key}: {_as_text(item)}" for key, item in value.items())
+    if isinstance(value, list):
+        return ", ".join(map(_as_text, value))
+    return f"{value:,}" if isinstance(value, int) else f"{value:.4g}" if isinstance(value, float) else str(value)
 
 
 def print_rows(headers: tuple[str, ...], rows: list[tuple[str, ...]]) -> None:

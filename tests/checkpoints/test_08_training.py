@@ -4,13 +4,13 @@ from __future__ import annotations
 
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 import tinytorch
 from tinytorch import nn, optim
 from tinytorch.m08_training import Trainer, TrainingError, accuracy
 from tinytorch.m08_training_appendix import Checkpointing, EarlyStopping, History, model_state, read_history
-from tinytorch.milestones.datasets import Batches, digits
 
 
 def make(folder: Path | None = None, **options) -> Trainer:
@@ -28,15 +28,18 @@ def make(folder: Path | None = None, **options) -> Trainer:
 
 @pytest.fixture(scope="module")
 def data() -> tuple:
-    train_images, train_labels, test_images, test_labels = digits()
-    shape = (-1, 64)
-    return (train_images.reshape(shape), train_labels), (test_images.reshape(shape), test_labels)
+    """Handwritten digits in random order: batches of them to train on, and one batch of 360 to test with."""
+    table = np.loadtxt(Path(tinytorch.__file__).parent / "data" / "digits.csv.gz", np.float32, delimiter=",")
+    table = np.random.default_rng(0).permutation(table)
+    images, labels = table[:, :64] / 16, table[:, 64].astype(np.int64)
+    train = [(images[i : i + 64], labels[i : i + 64]) for i in range(360, len(table), 64)]
+    return train, (images[:360], labels[:360])
 
 
 def test_digits_are_learned_and_the_best_epoch_is_kept(data: tuple, tmp_path: Path) -> None:
     train, test = data
     trainer = make(tmp_path, callbacks=[EarlyStopping(patience=5, monitor="val_accuracy")])
-    history = trainer.fit(Batches(*train, batch_size=64), 8, validation=Batches(*test, batch_size=200, shuffle=False))
+    history = trainer.fit(train, 8, validation=[test])
     assert history[-1]["val_accuracy"] > 0.92
     assert history[-1]["loss"] < history[0]["loss"]
     assert read_history(tmp_path / "history.jsonl") == history
@@ -57,11 +60,11 @@ def test_a_run_that_is_interrupted_goes_on_with_the_same_bits(data: tuple, tmp_p
                 raise KeyboardInterrupt
 
     left_alone = make()
-    left_alone.fit(Batches(*train, batch_size=64), 3, validation=[test])
+    left_alone.fit(train, 3, validation=[test])
     with pytest.raises(KeyboardInterrupt):
-        make(tmp_path, callbacks=[Interrupted()]).fit(Batches(*train, batch_size=64), 3, validation=[test])
+        make(tmp_path, callbacks=[Interrupted()]).fit(train, 3, validation=[test])
     resumed = make(tmp_path)
-    history = resumed.fit(Batches(*train, batch_size=64), 3, validation=[test], resume=tmp_path)
+    history = resumed.fit(train, 3, validation=[test], resume=tmp_path)
     assert history == left_alone.history
     for name, weight in left_alone.model.state_dict().items():
         assert resumed.model.state_dict()[name].tolist() == weight.tolist()
@@ -72,4 +75,4 @@ def test_a_wrong_learning_rate_is_stopped_with_advice(data: tuple) -> None:
     trainer = make()
     trainer.optimizer.param_groups[0]["lr"] = trainer.scheduler.base_lrs[0] = 1e30
     with pytest.raises(TrainingError, match=r"the loss is (nan|inf) at epoch 1, batch \d+.*Try a lower learning rate"):
-        trainer.fit(Batches(*train, batch_size=64), 1)
+        trainer.fit(train, 1)

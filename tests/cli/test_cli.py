@@ -31,9 +31,10 @@ def start(root: Path, *arguments: str, **environment: str) -> subprocess.Complet
 
 @pytest.mark.parametrize(
     "command",
-    [[], ["doctor"], ["modules"], ["test"], ["milestone"], ["milestone", "list"], ["milestone", "run"]],
+    [[], ["doctor"], ["modules"], ["test"], ["milestone"], ["milestone", "list"], ["milestone", "run"], ["show"],
+     ["show", "data"], ["predict"]],
     ids=lambda words: " ".join(words) or "tinytorch",
-)
+)  # fmt: skip
 def test_help_has_an_example(command: list[str], capsys: pytest.CaptureFixture[str]) -> None:
     assert call(*command, "--help") == 0
     output = capsys.readouterr().out
@@ -47,9 +48,17 @@ def test_help_has_an_example(command: list[str], capsys: pytest.CaptureFixture[s
         (["doctor", "--jsn"], "--jsn"),
         (["test"], "MODULE"),
         (["test", "99"], "no module '99'; the modules are 01 setup"),
-        (["milestone", "run", "alexnet"], "no milestone 'alexnet'; the milestones are perceptron, xor, mlp"),
+        (["milestone", "run", "alexnet"], "no milestone 'alexnet'; the milestones are perceptron, xor, mlp, cnn"),
         (["milestone", "lst"], "lst"),
         (["milestone"], "Missing command; see: tinytorch milestone --help"),
+        (["show"], "Missing command; see: tinytorch show --help"),
+        (["show", "data"], "NAME"),
+        (["show", "data", "letters"], "no data set 'letters'; there are cifar10, cifar100, digits"),
+        (["show", "data", "digits", "--seed", "-1"], "--seed"),
+        (["predict"], "RUN"),
+        (["predict", "runs"], "PICTURE"),
+        (["predict", "nowhere/at all", "a.png"], "nowhere/at all holds no trained network"),
+        (["predict", "runs", "a.png", "--top", "0"], "--top"),
     ],
     ids=lambda value: "-".join(value) if isinstance(value, list) else "",
 )
@@ -98,8 +107,8 @@ def test_milestone_list(capsys: pytest.CaptureFixture[str]) -> None:
 @pytest.mark.parametrize(
     ("arguments", "wanted"),
     [
-        ([], ("mlp", [])),
-        (["--epochs", "3"], ("mlp", ["--epochs", "3"])),
+        ([], ("cnn", [])),
+        (["--epochs", "3"], ("cnn", ["--epochs", "3"])),
         (["xor"], ("xor", [])),
         (["xor", "--seed", "1", "--help"], ("xor", ["--seed", "1", "--help"])),
     ],

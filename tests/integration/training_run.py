@@ -11,7 +11,7 @@ import tinytorch
 from tinytorch import nn, optim
 from tinytorch.m08_training import Callback, Trainer, accuracy
 from tinytorch.m08_training_appendix import Checkpointing, EarlyStopping, History
-from tinytorch.milestones.datasets import Batches
+from tinytorch.utils.data import DataLoader, TensorDataset
 
 EPOCHS = 8
 
@@ -36,8 +36,8 @@ def main(folder: Path) -> None:
         model, optimizer, nn.CrossEntropyLoss(), {"accuracy": accuracy}, scheduler, accumulate=2, clip_norm=1.0,
         scheduler_interval="step", callbacks=callbacks,
     )  # fmt: skip
-    batches = Batches(images[:100], labels[:100], batch_size=8, seed=1)
-    validation = Batches(images[100:], labels[100:], batch_size=16, seed=2)
+    batches = DataLoader(TensorDataset(images[:100], labels[:100]), batch_size=8, shuffle=True, seed=1)
+    validation = DataLoader(TensorDataset(images[100:], labels[100:]), batch_size=16, shuffle=True, seed=2)
     trainer.fit(batches, epochs=EPOCHS, validation=validation, resume=folder)
     trainer.save(folder / "final.safetensors")
     print("done", flush=True)

@@ -19,7 +19,9 @@ from tinytorch.milestones.report import (
     confusion_matrix,
     plot_confusion,
     plot_decision,
+    plot_filters,
     plot_mistakes,
+    plot_sheet,
     print_confusion,
 )
 
@@ -111,8 +113,12 @@ def test_a_wide_confusion_is_a_list_of_the_most_frequent_mistakes(capsys: pytest
     matrix = np.diag(np.full(40, 9))
     matrix[3, 5], matrix[7, 1] = 4, 6
     print_confusion(matrix, [f"kind{i}" for i in range(40)], width=80)
-    mistakes = [line.split() for line in capsys.readouterr().out.splitlines()[:-1]]
-    assert mistakes == [["6", "×", "kind7,", "read", "as", "kind1"], ["4", "×", "kind3,", "read", "as", "kind5"]]
+    heading, *mistakes, _ = capsys.readouterr().out.splitlines()
+    assert heading == "the most frequent mistakes:"
+    assert [line.split() for line in mistakes] == [
+        ["6", "×", "kind7,", "read", "as", "kind1"],
+        ["4", "×", "kind3,", "read", "as", "kind5"],
+    ]
 
 
 def test_a_class_that_never_occurs_has_no_share(capsys: pytest.CaptureFixture, tmp_path: Path) -> None:
@@ -214,6 +220,77 @@ def test_no_mistakes_and_few_mistakes(drawn: list, tmp_path: Path) -> None:
     assert [len(figure.axes) for figure in drawn] == [0, 4]
     with pytest.raises(ValueError, match="differ in length: 5, 5, 4, 5"):
         plot_mistakes(images, labels, labels[1:], sure, tmp_path / "mistakes.png")
+
+
+def test_long_names_have_a_line_of_their_own(drawn: list, tmp_path: Path) -> None:
+    images = np.random.default_rng(9).random((3, 3, 32, 32))
+    kinds = ["automobile", "cat"]
+    plot_mistakes(images, [0, 1, 0], [1, 0, 0], [0.5, 0.9, 1.0], tmp_path / "mistakes.png", class_names=kinds)
+    captions = [axes.get_title() for axes in drawn[0].axes]
+    assert captions == ["cat, read as\nautomobile\n90 % sure", "automobile, read as\ncat\n50 % sure"]
+
+
+@pytest.mark.parametrize(("count", "columns", "rows"), [(1, 0, 1), (25, 0, 5), (26, 0, 5), (32, 8, 4), (5, 4, 2)])
+def test_a_sheet_is_full_and_nothing_overlaps(count: int, columns: int, rows: int, drawn: list, tmp_path: Path) -> None:
+    images = tensor(np.random.default_rng(10).random((count, 3, 32, 32)))
+    captions = ["automobile, read as\nairplane\n100 % sure"] * count
+    assert is_picture(plot_sheet(images, captions, tmp_path / "sheet.png", "Title", "note", columns))
+    (figure,) = drawn
+    grid = figure.axes[0].get_gridspec()
+    assert (grid.nrows, len(figure.axes)) == (rows, count)
+    assert_nothing_overlaps(figure)
+    assert np.array_equal(figure.axes[-1].images[0].get_array(), np.moveaxis(images.numpy()[-1], 0, -1))
+
+
+def assert_nothing_overlaps(figure: Figure) -> None:
+    """All that a figure shows is inside of it, and no two of its pictures or texts meet."""
+    figure.draw_without_rendering()
+    boxes = [text.get_window_extent() for text in figure.texts if text.get_text()]
+    for axes in figure.axes:
+        boxes.append(axes.get_window_extent())
+        if axes.get_title():
+            boxes.append(axes.title.get_window_extent())
+    width, height = figure.bbox.size
+    for i, box in enumerate(boxes):
+        assert 0 <= box.x0 < box.x1 <= width
+        assert 0 <= box.y0 < box.y1 <= height
+        assert not any(box.overlaps(other) for other in boxes[:i])
+
+
+# -- filters -----------------------------------------------------------------------------------------------------------
+
+
+def test_filters_of_one_channel_show_signs(drawn: list, tmp_path: Path) -> None:
+    weights = np.random.default_rng(11).normal(size=(10, 1, 3, 3)) * np.arange(1, 11).reshape(-1, 1, 1, 1)
+    assert is_picture(plot_filters(tensor(weights), tmp_path / "filters.png"))
+    (figure,) = drawn
+    assert len(figure.axes) == 10
+    for axes, kernel in zip(figure.axes, weights, strict=True):
+        (image,) = axes.images
+        shown = np.asarray(image.get_array())
+        assert np.allclose(shown, kernel[0] / np.abs(kernel).max())
+        red, _, blue, _ = np.moveaxis(image.to_rgba(shown), -1, 0)
+        assert np.array_equal(blue > red, kernel[0] > 0)
+    assert figure.get_supxlabel() == "10 of 3×3, orange is negative, blue positive"
+    assert_nothing_overlaps(figure)
+
+
+def test_filters_of_colours_are_colours_around_grey(drawn: list, tmp_path: Path) -> None:
+    weights = np.random.default_rng(12).normal(size=(5, 3, 5, 5))
+    weights[1] = 0
+    assert is_picture(plot_filters(weights, tmp_path / "filters.png"))
+    for axes, kernel in zip(drawn[0].axes, weights, strict=True):
+        shown = np.asarray(axes.images[0].get_array())
+        wanted = 0.5 + kernel / (2 * max(np.abs(kernel).max(), 1e-9))
+        assert np.allclose(np.moveaxis(shown, -1, 0), wanted)
+    assert drawn[0].get_supxlabel() == "5 of 5×5, grey is 0"
+
+
+@pytest.mark.parametrize("shape", [(4, 2, 3, 3), (4, 3, 3), (4, 9)])
+def test_what_has_no_colours_is_no_filter(shape: tuple, tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match=r"expected weights \(O, 1, KH, KW\) or \(O, 3, KH, KW\)"):
+        plot_filters(np.ones(shape), tmp_path / "filters.png")
+    assert list(tmp_path.iterdir()) == []
 
 
 # -- files -------------------------------------------------------------------------------------------------------------
