@@ -21,8 +21,11 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
+from tinytorch.backends.base import process_memory
+
 # OpenBLAS reads these when it is loaded, and either can halve its speed; few users have them set.
 SLOWING = ("OPENBLAS_CORETYPE", "OPENBLAS_L2_SIZE")
+CLEAR_REFS = "/proc/self/clear_refs"  # Linux: a 5 written to it has the peak of the memory start anew
 
 
 @dataclass(frozen=True)
@@ -30,7 +33,8 @@ class Case:
     """Something to time on both libraries. `build(library)` returns the call that is timed.
 
     calls: how many of what it names the call makes.
-    seconds, ratio: what our figure must not exceed: seconds, or a multiple of PyTorch's time.
+    seconds, ratio: what our figure must not exceed: seconds, or a multiple of PyTorch's figure.
+    memory: whether the figure is not the time of the call but the bytes that it takes at its peak.
     """
 
     name: str
@@ -38,6 +42,7 @@ class Case:
     calls: int = 1
     seconds: float | None = None
     ratio: float | None = None
+    memory: bool = False
 
 
 def small_op(requires_grad: bool) -> Callable[[Any], Callable[[], Any]]:
@@ -77,11 +82,93 @@ def mlp_step(optimizer: str) -> Callable[[Any], Callable[[], Any]]:
     return build
 
 
+def parts_of(library: Any) -> tuple[Any, Any]:
+    """`nn` and `optim` of a library."""
+    return importlib.import_module(f"{library.__name__}.nn"), importlib.import_module(f"{library.__name__}.optim")
+
+
+@dataclass(frozen=True)
+class Convolution:
+    """A 3×3 convolution with bias of 64 pictures that keeps their size, divided by the stride."""
+
+    channels: int
+    outputs: int
+    size: int
+    stride: int = 1
+
+    def __str__(self) -> str:
+        text = f"conv {self.channels}-{self.outputs}, {self.size}x{self.size}"
+        return text if self.stride == 1 else f"{text}, stride {self.stride}"
+
+    def layer(self, library: Any, requires_grad: bool = False) -> tuple[Any, Any]:
+        """The layer, and its input."""
+        nn, _ = parts_of(library)
+        x = library.randn(64, self.channels, self.size, self.size, requires_grad=requires_grad)
+        return nn.Conv2d(self.channels, self.outputs, 3, stride=self.stride, padding=1), x
+
+    def forward(self, library: Any) -> Callable[[], Any]:
+        layer, x = self.layer(library)
+        return library.no_grad()(lambda: layer(x))
+
+    def backward(self, library: Any) -> Callable[[], Any]:
+        """Of the input, the weight and the bias."""
+        layer, x = self.layer(library, requires_grad=True)
+        out = layer(x)
+        g, wanted = library.randn(*out.shape), [x, layer.weight, layer.bias]
+        return lambda: library.autograd.grad(out, wanted, g, retain_graph=True)
+
+
+CONVOLUTIONS = (Convolution(3, 32, 32), Convolution(32, 64, 16), Convolution(32, 64, 32), Convolution(64, 128, 16),
+                Convolution(32, 64, 32, stride=2))  # fmt: skip
+
+
+def layer_and_back(build: Callable[[Any], Any], *shape: int) -> Callable[[Any], Callable[[], Any]]:
+    """Forward and backward of the layer that `build(nn)` makes, for an input of a shape."""
+
+    def make(library: Any) -> Callable[[], Any]:
+        layer, x = build(parts_of(library)[0]), library.randn(*shape, requires_grad=True)
+        g = library.randn(*layer(x).shape)
+        return lambda: library.autograd.grad(layer(x), [x, *layer.parameters()], g)
+
+    return make
+
+
+def cnn_step(batch: int) -> Callable[[Any], Callable[[], Any]]:
+    """A training step of the SimpleCNN of module 09, with Adam, on pictures of 3×32×32."""
+
+    def build(library: Any) -> Callable[[], Any]:
+        nn, optim = parts_of(library)
+        library.manual_seed(0)
+        model = nn.Sequential(
+            nn.Conv2d(3, 32, 3, padding=1), nn.ReLU(), nn.MaxPool2d(2),
+            nn.Conv2d(32, 64, 3, padding=1), nn.ReLU(), nn.MaxPool2d(2),
+            nn.Flatten(), nn.Linear(4096, 128), nn.ReLU(), nn.Linear(128, 10),
+        )  # fmt: skip
+        pictures, labels = library.randn(batch, 3, 32, 32), library.randint(0, 10, (batch,))
+        update, loss = optim.Adam(model.parameters(), lr=1e-3), nn.CrossEntropyLoss()
+
+        def step() -> None:
+            update.zero_grad()
+            loss(model(pictures), labels).backward()
+            update.step()
+
+        return step
+
+    return build
+
+
 CASES = (
     Case("x + x, 4 elements", small_op(requires_grad=False), calls=100, seconds=1.5e-6),
     Case("x + x, recorded", small_op(requires_grad=True), calls=100),
     Case("MLP step, SGD", mlp_step("SGD"), ratio=1.0),
     Case("MLP step, Adam", mlp_step("Adam"), ratio=1.0),
+    *(Case(f"{c}, forward", c.forward) for c in CONVOLUTIONS),
+    *(Case(f"{c}, backward", c.backward) for c in CONVOLUTIONS),
+    Case("batch norm 64x32x32x32, both ways", layer_and_back(lambda nn: nn.BatchNorm2d(32), 64, 32, 32, 32)),
+    Case("max pool 2, 64x32x32x32, both ways", layer_and_back(lambda nn: nn.MaxPool2d(2), 64, 32, 32, 32)),
+    Case("average pool 2, 64x32x32x32, both ways", layer_and_back(lambda nn: nn.AvgPool2d(2), 64, 32, 32, 32)),
+    Case("SimpleCNN step, batch 64", cnn_step(64)),
+    Case("SimpleCNN step, batch 256, peak memory", cnn_step(256), ratio=1.5, memory=True),
     Case("import", lambda library: lambda: None, seconds=0.1),  # measured by IMPORT_PROGRAM
 )
 IMPORT_PROGRAM = "import time; start = time.perf_counter(); import {}; print(time.perf_counter() - start)"
@@ -104,8 +191,18 @@ def samples(call: Callable[[], Any], calls: int, budget: float) -> list[float]:
     return found
 
 
+def bytes_of(call: Callable[[], Any]) -> float:
+    """How far this process's memory rises above what it is now while the call is made a few times."""
+    with open(CLEAR_REFS, "w") as file:
+        file.write("5")
+    before = process_memory().used
+    for _ in range(3):
+        call()
+    return float(process_memory().peak - before)
+
+
 def measure(library: str, case: str) -> float:
-    """Seconds of a case on a library, measured in a new process."""
+    """The figure of a case on a library, seconds or bytes, measured in a new process."""
     environment = {name: value for name, value in os.environ.items() if name not in SLOWING}
     command = [sys.executable, "-m", "tinytorch.profiling.bench", "--measure", library, case]
     if case == "import":
@@ -119,6 +216,8 @@ def measure(library: str, case: str) -> float:
 def measure_here(library: str, name: str) -> float:
     """The same, in this process."""
     case = next(case for case in CASES if case.name == name)
+    if case.memory:
+        return bytes_of(case.build(importlib.import_module(library)))
     return time_of(case.build(importlib.import_module(library))) / case.calls
 
 
@@ -133,8 +232,16 @@ def compare(case: Case, rounds: int, reference: str | None) -> dict[str, Any]:
         within = ours <= case.seconds
     elif case.ratio is not None and ratio is not None:
         within = ratio <= case.ratio
-    return {"case": case.name, "seconds": ours, "reference_seconds": theirs, "ratio": ratio,
+    unit = "bytes" if case.memory else "seconds"
+    return {"case": case.name, unit: ours, f"reference_{unit}": theirs, "ratio": ratio,
             "limit_seconds": case.seconds, "limit_ratio": case.ratio, "within": within}  # fmt: skip
+
+
+def show_figure(row: dict[str, Any], whose: str = "") -> str:
+    """Ours, or with "reference_" the other library's."""
+    if f"{whose}bytes" in row:
+        return f"{row[f'{whose}bytes'] / 1e6:.0f} MB" if row[f"{whose}bytes"] is not None else "–"
+    return show(row[f"{whose}seconds"])
 
 
 def show(seconds: float | None) -> str:
@@ -166,7 +273,8 @@ def main(argv: list[str] | None = None) -> int:
     if options.measure:
         print(measure_here(*options.measure))
         return 0
-    chosen = [case for case in CASES if options.only.lower() in case.name.lower()]
+    measurable = [case for case in CASES if not case.memory or os.path.exists(CLEAR_REFS)]
+    chosen = [case for case in measurable if options.only.lower() in case.name.lower()]
     if not chosen:
         parser.error(f"--only: no case has {options.only!r} in its name; they are {[case.name for case in CASES]}")
     reference = "torch" if importlib.util.find_spec("torch") else None
@@ -194,9 +302,7 @@ def report(rows: list[dict[str, Any]], reference: str | None, as_json: bool) -> 
     for row in rows:
         ratio = "–" if row["ratio"] is None else f"{row['ratio']:.2f}"
         verdict = {True: "ok", False: "too slow", None: ""}[row["within"]]
-        table.add_row(
-            row["case"], show(row["seconds"]), show(row["reference_seconds"]), ratio, show_limit(row), verdict
-        )
+        table.add_row(row["case"], show_figure(row), show_figure(row, "reference_"), ratio, show_limit(row), verdict)
     Console().print(table)
     if reference is None:
         print("PyTorch is not installed here, so there is nothing to compare with: nox -s bench installs it.")
