@@ -22,11 +22,18 @@ CHAPTER_TESTS = {
     "06": ("tinytorch/m06_*.py", EDGES, "tests/modules/test_autograd*.py", "tests/checkpoints/test_06_*.py"),
     "07": ("tinytorch/m07_*.py", EDGES, "tests/modules/test_optimizer*.py", "tests/checkpoints/test_07_*.py"),
     "08": ("tinytorch/m08_*.py", EDGES, "tests/modules/test_training*.py", "tests/checkpoints/test_08_*.py"),
+    "09": ("tinytorch/m09_*.py", EDGES, "tests/modules/test_spatial*.py", "tests/checkpoints/test_09_*.py"),
+    "10": ("tinytorch/m10_*.py", "tests/modules/test_dataloader.py", "tests/checkpoints/test_10_*.py"),
     "backends": ("tests/backends", EDGES, "tests/modules/test_tensor*.py", "tests/modules/test_autograd*.py"),
 }
 VALUES = ("tests/ops/test_ops.py::test_limits", "tests/ops/test_ops.py::test_values_and_dtypes")
 PROMOTION = ("tests/ops/test_properties.py::test_promotion_of_two_tensors",)
 RULES = ("tests/ops/test_ops.py::test_slopes_where_there_is_a_choice", "tests/ops/test_ops.py::test_gradients")
+
+
+SPATIAL_TESTS = ("tinytorch/m09_*.py", "tests/modules/test_spatial*.py", "tests/checkpoints/test_09_*.py")
+DATASETS = ("tests/modules/test_datasets.py",)
+TRANSFORMS = ("tests/modules/test_transforms.py",)
 
 
 @dataclass(frozen=True)
@@ -516,4 +523,202 @@ TRAINING = [
     ),
 ]  # fmt: skip
 
-FAULTS = [*TENSOR, *BACKENDS, *ACTIVATIONS, *LAYERS, *LOSSES, *AUTOGRAD, *OPTIMIZERS, *TRAINING]
+SPATIAL = [
+    *faults_in(
+        "tinytorch/m09_spatial.py",
+        ("kaiming_uniform_(self.weight, a=math.sqrt(5))", "kaiming_uniform_(self.weight)",
+         "a convolution's first weights are too large"),
+        ("if running is not None:", "if running is None:", "running averages are never kept"),
+        ("variance * (count / (count - 1))", "variance", "the running variance is the biased one"),
+        ('in ("float16", "bfloat16") else x', 'in ("bfloat16",) else x', "batch norm of float16 overflows"),
+        ("step = max(1, BLOCK //", "step = max(1 << 20, BLOCK //",
+         "a convolution holds the columns of the whole batch"),
+        tests=SPATIAL_TESTS,
+    ),
+    *faults_in(
+        "tinytorch/m09_spatial.py",
+        (" and not any(map(any, self.padding))", "", "a 1x1 kernel that meets the border is taken for the picture"),
+        ("total // 2, total - total // 2", "total - total // 2, total // 2", "padding 'same' is longer on the left"),
+        ("count -= ceil_mode and", "count -= False and", "a window that begins in the border is counted"),
+        ("amount = amount - part", "amount = amount", "every one of equal maxima gets the gradient"),
+        ("windows.padded(xp, x, math.nan)", "windows.padded(xp, x, -math.inf)",
+         "the border is taken for the largest of a window of -inf"),
+        ("total += xp.sum(xp.matmul(grouped", "total = xp.sum(xp.matmul(grouped",
+         "the weight's gradient is that of the last pictures"),
+        ("bound = 1 / math.sqrt(fans(self.weight)[0])", "bound = 1 / math.sqrt(fans(self.weight)[1])",
+         "a convolution's first biases go by its outputs"),
+        ("x = pad(x, (left, right, top, bottom), self", "x = pad(x, (top, bottom, left, right), self",
+         "Conv2d's borders of other modes are on the wrong sides"),
+        ("with evaluating(network), observe", "with observe", "counting FLOPs trains batch norm"),
+        ("        frozen = self.training and not", "        frozen = False and not",
+         "averages that are frozen go on moving"),
+        ("for t in (scale, -running_mean))", "for t in (scale, running_mean))", "batch norm adds the mean"),
+        tests=SPATIAL_TESTS,
+    ),
+    *faults_in(
+        "tinytorch/m09_spatial.py",
+        ("x=lambda h, g, windows, groups: convolution_input_gradient(g, h,",
+         "x=lambda h, g, windows, groups: -convolution_input_gradient(g, h,", "a second derivative has the wrong sign"),
+        tests=("tests/ops/test_ops.py::test_gradients_of_gradients",),
+    ),
+    *faults_in(
+        "tinytorch/m09_spatial_appendix.py",
+        ("starts = [i * s - before for i in", "starts = [i * s for i in", "averages miscount windows in the border"),
+        ("output_padding must be", "stride must be", "an error blames the stride for an output_padding"),
+        ("math.floor(n * f)", "math.ceil(n * f)", "interpolate rounds sizes up"),
+        ("clamp(places, min=0, max=n - 1), 1)", "places, 1)", "bilinear interpolation is dark at the border"),
+        ("inside = (rows >= 0) &", "inside = (rows > 0) &", "grid_sample loses the first row"),
+        ("out + reshape(bias, shape=(-1, 1, 1))", "out", "a transposed convolution forgets its bias"),
+        ("shape=(*shape[1:3], 1)", "shape=(*shape[1:3][::-1], 1)", "group norm deals its weights wrongly"),
+        tests=(*VALUES, *RULES, "tests/ops/test_ops.py::test_errors"),
+    ),
+    *faults_in(
+        "tinytorch/m09_spatial_appendix.py",
+        ("x[:, :, :: self.stride, :: self.stride]", "x[:, :, 1 :: self.stride, 1 :: self.stride]",
+         "a shortcut takes the wrong pixels"),
+        ('mode="fan_out", nonlinearity="relu"', 'mode="fan_out", nonlinearity="linear"',
+         "a ResNet's signal shrinks from layer to layer"),
+        ("1.0, x.dtype, x.device), p, training)", "1.0, x.dtype, x.device), 1 - p, training)",
+         "dropout of channels keeps what it should drop"),
+        ("/ to(stops - starts, x.dtype)", "/ to((stops - starts).amax(), x.dtype)",
+         "adaptive averages count the longest window"),
+        ("min(start + i, stop - 1)", "min(start + i, n - 1)", "adaptive maxima look into the next window"),
+        ("first, length = (0.0, n - 1) if align_corners", "first, length = (0.0, n) if align_corners",
+         "reflection counts a pixel too many"),
+        tests=SPATIAL_TESTS,
+    ),
+    *faults_in(
+        "tinytorch/m02_tensor_appendix.py",
+        ("narrow(x, dim, 1, first), dims=dim)", "narrow(x, dim, 0, first), dims=dim)",
+         "reflection repeats the outermost element"),
+        ("narrow(middle, dim, rest - first, first), narrow(middle, dim, 0, last)",
+         "narrow(x, dim, 0, first), narrow(x, dim, n - last, last)", "circular borders come from the near end"),
+        tests=VALUES,
+    ),
+]  # fmt: skip
+
+DATALOADER = [
+    *faults_in(
+        "tinytorch/m10_dataloader.py",
+        ("            with seeded((self.seed, epoch, number + 1)):", "            with seeded((self.seed, epoch)):",
+         "all batches of an epoch are cropped and mirrored alike"),
+        ("            with draws:  # entered for each", "            if True:  # entered for each",
+         "an epoch's order is drawn from the program's own generator"),
+        ("        draws = seeded((self.seed, epoch))\n", "        draws = seeded(self.seed)\n",
+         "every epoch has the same order"),
+        ("        if self._newest is not None:\n            self.epoch, self.batch = self.epoch + 1, 0\n", "",
+         "an epoch that was left in the middle is begun again"),
+        ("self.waited += time.perf_counter() - start", "self.waited = time.perf_counter() - start",
+         "only the wait for the last batch is counted"),
+        ("islice(self._tasks(epoch), first, None)", "islice(self._tasks(epoch), 0, None)",
+         "a resumed epoch begins with its first batch"),
+        ("ahead = self.num_workers * self.prefetch_factor - len(pending)",
+         "ahead = self.num_workers * self.prefetch_factor",
+         "workers run further and further ahead"),
+        ("        self._newest = self._idle = None  # workers", "        self._newest = None  # workers",
+         "workers that were kept go on with the seed before load_state_dict"),
+        ("self.seed = state[\"epoch\"], state[\"batch\"], state[\"seed\"]",
+         "self.seed = state[\"epoch\"], state[\"batch\"], self.seed",
+         "a resumed loader keeps its own seed"),
+        ("            if state[name] != mine[name]:", "            if False:", "a state of other data is accepted"),
+        ("        workers = 1 if isinstance(loader.dataset, IterableDataset) else loader.num_workers",
+         "        workers = loader.num_workers", "a stream is read by several workers at once"),
+        ("                self.read += 1\n", "                self.read = number + 1\n",
+         "a resumed stream does not skip what was read"),
+        ("            if crew is not None and not (done and "
+         "self.persistent_workers):\n                crew.close()\n", "            pass\n",
+         "workers are left to the garbage collector"),
+        ("        del item, future  # a batch", "        pass  # a batch",
+         "a worker keeps its batch until the next one is there"),
+        ("            if x.shape != tensors[0].shape:", "            if False:",
+         "collate says nothing of which example differs"),
+        ("host.integers(0, rows, (n,)), host.integers(0, columns, (n,))",
+         "host.integers(0, rows, (n,)), host.integers(0, rows, (n,))",
+         "a crop's left edge is drawn from the number of rows"),
+        ("            padded[:, :, p : p + height, p : p + width] = images",
+         "            padded[:, :, :height, :width] = images",
+         "padding lies on two sides only"),
+        ("xp.flip(xp.take_index(images, chosen), axis=-1)", "xp.flip(xp.take_index(images, chosen), axis=-2)",
+         "pictures are turned upside down"),
+        ("        unit, floats = (1, images)", "        unit, floats = (255, images)",
+         "floating pictures are divided by 255"),
+        ("            left -= len(drawn)", "            left -= n", "drawing with replacement gives too few"),
+    ),
+    *faults_in(
+        "tinytorch/m10_dataloader_appendix.py",
+        ("    threading.Thread(target=end_with_parent, daemon=True).start()\n", "",
+         "a busy worker outlives a main program that is killed"),
+        ("    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})\n", "    before = set()\n",
+         "Ctrl-C reaches workers that are starting"),
+        ("    set_default_dtype(dtype)\n", "", "a process collates to another dtype than a thread"),
+        ("        self.process.terminate()\n", "", "an abandoned iterator waits for its workers to end by themselves"),
+        ("worker.id, worker.seed = number, worker", "worker.seed = worker", "every process is worker 0"),
+        tests=("tests/modules/test_dataloader_workers.py",),
+    ),
+    *faults_in(
+        "tinytorch/m10_dataloader_appendix.py",
+        ('drawn.data, side="right")', 'drawn.data * 0.5, side="right")', "weighted sampling prefers the first ones"),
+        ("            counts[i % len(counts)] += 1\n", "            counts[0] += 1\n",
+         "random_split gives all that is left by rounding to the first part"),
+    ),
+]  # fmt: skip
+
+SEEDED = faults_in(
+    "backends/base.py",
+    ("class Own(threading.local):", "class Own:", "a seeded block is in force in every thread"),
+    ("        self.outer.append([backend._own.generator for backend, _ in self.generators])",
+     "        self.outer.append([None for backend, _ in self.generators])", "a nested seeded block ends the outer one"),
+    ("        if self._own.generator is None:\n            self._everyones = self.new_generator(seed)\n        else:\n"
+     "            self._own.generator = self.new_generator(seed)\n",
+     "        self._everyones = self.new_generator(seed)\n",
+     "manual_seed inside a seeded block disturbs everyone's generator"),
+)  # fmt: skip
+
+DATALOADER_APPENDIX = [
+    *faults_in(
+        "tinytorch/m10_dataloader_appendix.py",
+        ("            while packed.read(1 << 20):  # to the end, where gzip's checksum stands\n                pass\n",
+         "",
+         "an archive's checksum is never reached, so damage in its middle is taken for pixels"),
+        ("        for column, labels in enumerate(self.label_counts):\n            row =",
+         "        for column, labels in list(enumerate(self.label_counts))[-1:]:\n            row =",
+         "only the last label of a record is checked"),
+        ("[::5]:\n            is_test[i] = True", "[4::5]:\n            is_test[i] = True",
+         "other digits are for testing than everybody's"),
+        ("            parts.append(self._read(path, name))",
+         "            parts.append(parse_idx(unpacked(path), path))",
+         "MNIST's files are read without being checked"),
+        ("        if self.transform is None or self.white != 255:", "        if self.transform is None:",
+         "a transform of Digits is given 0 to 16, which it takes for nearly black"),
+        ('self.text = text.replace("\\r\\n", "\\n").replace("\\r", "\\n")', 'self.text = text.replace("\\r", "\\n")',
+         "a line's end of two characters makes an empty line"),
+        tests=DATASETS,
+    ),
+    *faults_in(
+        "tinytorch/m10_dataloader_appendix.py",
+        ("[[1, height / width, 2 / width], [width / height, 1, 2 / height]]", "[[1, 1, 2 / width], [1, 1, 2 / height]]",
+         "pictures that are not square are distorted when they are turned"),
+        ("        kept = 1 - height * width / (rows * columns)\n", "        kept = share\n",
+         "CutMix's labels do not know that rectangles are cut off at the edges"),
+        ("weighted(share, a_labels, b_labels)", "weighted(1 - share, a_labels, b_labels)",
+         "MixUp gives the labels the other picture's share"),
+        ("        height = height * (host.any(fits, axis=1) & ", "        height = height * (",
+         "a rectangle that fits nowhere is erased all the same"),
+        ("    middle = xp.mean(luma(x), axis=(1, 2, 3), keepdims=True)", "    middle = xp.mean(luma(x))",
+         "contrast is about the mean of the whole batch"),
+        ("        period = 2 * (length - once)", "        period = 2 * length",
+         "a reflected border repeats the outermost pixel"),
+        tests=TRANSFORMS,
+    ),
+    *faults_in(
+        "tinytorch/m01_setup_appendix.py",
+        ("                have = 0  # this server sends everything again\n", "                pass\n",
+         "a server that ignores Range has its whole answer put behind the part"),
+        ("                part.unlink(missing_ok=True)\n", "                pass\n",
+         "a part that is not the start of the file is kept for ever"),
+        tests=DATASETS,
+    ),
+]  # fmt: skip
+
+FAULTS = [*TENSOR, *BACKENDS, *ACTIVATIONS, *LAYERS, *LOSSES, *AUTOGRAD, *OPTIMIZERS, *TRAINING, *SPATIAL, *SEEDED,
+          *DATALOADER, *DATALOADER_APPENDIX]  # fmt: skip
