@@ -17,6 +17,7 @@ from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
+from numbers import Integral
 from typing import Any
 
 import tinytorch.m06_autograd_appendix  # noqa: F401 - the rules of 02's appendix, which `pad` is made of
@@ -187,13 +188,13 @@ def lay_windows(name: str, shape: tuple, size: Any, stride: Any, padding: Any, d
 
 
 def pair(name: str, what: str, value: Any, least: int = 1) -> tuple[int, int]:
-    """3 as (3, 3), and (3, 5) as it is; ValueError for anything else, or below `least`."""
-    values = (value, value) if isinstance(value, int) else tuple(value) if isinstance(value, (tuple, list)) else ()
+    """3 and (3,) as (3, 3), and (3, 5) as it is; ValueError for anything else, or below `least`."""
+    values = tuple(value) if isinstance(value, (tuple, list)) else (value, value)
     if len(values) == 1:
         values *= 2
-    if len(values) != 2 or not all(type(v) is int and v >= least for v in values):
+    if len(values) != 2 or not all(isinstance(v, Integral) and v is not True and int(v) >= least for v in values):
         raise ValueError(f"{name}: {what} must be a whole number >= {least} or two of them, got {value!r}")
-    return values
+    return int(values[0]), int(values[1])
 
 
 def test_places_are_what_all_windows_have() -> None:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from numbers import Integral
 from typing import Any, ClassVar
 
 from tinytorch.m02_tensor import Tensor, abs, full, mean, op, permute, reshape, tensor, to, unsqueeze
@@ -56,9 +57,9 @@ from tinytorch.m09_spatial import (
 def single(name: str, what: str, value: Any, least: int = 1) -> int:
     """3 as it is, and (3,) as 3; ValueError for anything else, or below `least`."""
     number = value[0] if isinstance(value, (tuple, list)) and len(value) == 1 else value
-    if type(number) is not int or number < least:
+    if not isinstance(number, Integral) or number is True or int(number) < least:
         raise ValueError(f"{name}: {what} must be a whole number >= {least}, got {value!r}")
-    return number
+    return int(number)
 
 
 def flat(name: str, x: Tensor) -> Tensor:
@@ -451,7 +452,8 @@ class Convolution(Module):
         self.in_channels, self.out_channels, self.groups = in_channels, out_channels, groups
         self.kernel_size, self.stride = self.lengths("kernel_size", kernel_size), self.lengths("stride", stride)
         self.dilation, self.padding_mode = self.lengths("dilation", dilation), padding_mode
-        self.padding = padding if isinstance(padding, str) else self.lengths("padding", padding, least=0)
+        named = isinstance(padding, str) and not self.transposed  # "same" and "valid"
+        self.padding = padding if named else self.lengths("padding", padding, least=0)
         self.output_padding = self.lengths("output_padding", output_padding, least=0)
         first, second = (in_channels, out_channels) if self.transposed else (out_channels, in_channels)
         self.weight = Parameter(empty(first, second // groups, *self.kernel_size, dtype=dtype, device=device))
@@ -1033,8 +1035,8 @@ class Pad2d(Module):
 
     def __init__(self, padding: Any) -> None:
         super().__init__()
-        self.padding = (padding,) * 4 if isinstance(padding, int) else tuple(padding)
-        if len(self.padding) != 4:
+        self.padding = tuple(padding) if isinstance(padding, (tuple, list)) else (padding,) * 4
+        if [type(n) for n in self.padding] != [int] * 4:
             raise ValueError(f"{type(self).__name__}: padding must be a number or (left, right, top, bottom), got "
                              f"{padding!r}")  # fmt: skip
 

@@ -89,6 +89,14 @@ def test_the_loops_are_the_definition(device: str) -> None:
         assert_close(fast, convolve_by_loops(x, weight, bias, stride, padding, dilation, groups))
 
 
+def test_numpys_whole_numbers_are_whole_numbers() -> None:
+    three, one = np.int64(3), np.int32(1)
+    assert repr(nn.Conv2d(1, 1, three, padding=(one, one))) == repr(nn.Conv2d(1, 1, 3, padding=(1, 1)))
+    assert nn.Conv1d(1, 1, three, padding=one)(t.zeros(1, 1, 5)).shape == (1, 1, 5)
+    with pytest.raises(ValueError, match="kernel_size must be a whole number >= 1 or two of them, got True"):
+        nn.Conv2d(1, 1, True)
+
+
 def test_geometry_by_hand() -> None:
     x, ones = t.tensor([[[1.0, 2.0, 3.0]]]), t.ones(1, 1, 1, 2)
     assert F.conv2d(x, ones, padding="same").tolist() == [[[3, 5, 3]]]  # of two borders the right one is longer

@@ -30,6 +30,8 @@ def _seed() -> None:
     (lambda: nn.GroupNorm(3, 8), "GroupNorm: num_groups must divide num_channels, got 3 and 8"),
     (lambda: nn.Dropout2d(1.5), "Dropout2d: p is a probability, between 0 and 1, got 1.5"),
     (lambda: nn.ZeroPad2d((1, 2)), r"ZeroPad2d: padding must be a number or \(left, .*, got \(1, 2\)"),
+    (lambda: nn.ZeroPad2d(1.5), "ZeroPad2d: padding must be a number or .* got 1.5"),
+    (lambda: nn.ConvTranspose2d(2, 2, 2, padding="same"), "ConvTranspose2d: padding must be a whole number >= 0"),
     (lambda: t.ResNet(18), "ResNet: depth must be 6 n \\+ 2, such as 8, 14, 20 or 56, got 18"),
     (lambda: t.ResNet(2), "ResNet: depth must be"),
     (lambda: nn.Conv1d(2, 3, 3)(t.zeros(1, 2, 3, 3)), r"conv1d: expected an input \(N, C, L\) or \(C, L\)"),
