@@ -912,15 +912,15 @@ def test_a_timeout_is_an_error_and_leaves_nothing_waiting() -> None:
 
 
 def test_workers_know_who_they_are() -> None:
-    seen = []
+    seen, both = [], threading.Barrier(2)
 
     def init(number: int) -> None:
+        both.wait(10)  # or one of them might take all the work
         info = get_worker_info()
         seen.append((number, info.id, info.num_workers, info.seed, info.dataset))
 
     data = pictures(40)
-    for _ in DataLoader(data, 1, num_workers=2, worker_init_fn=init, seed=7):
-        time.sleep(1e-3)
+    list(DataLoader(data, 1, num_workers=2, worker_init_fn=init, seed=7))
     assert sorted(entry[0] for entry in seen) == [0, 1]
     assert all(entry[1:] == (entry[0], 2, 7 + entry[0], data) for entry in seen)
     assert get_worker_info() is None
