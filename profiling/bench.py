@@ -21,8 +21,6 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
-from tinytorch.backends.base import process_memory
-
 # OpenBLAS reads these when it is loaded, and either can halve its speed; few users have them set.
 SLOWING = ("OPENBLAS_CORETYPE", "OPENBLAS_L2_SIZE")
 CLEAR_REFS = "/proc/self/clear_refs"  # Linux: a 5 written to it has the peak of the memory start anew
@@ -60,12 +58,16 @@ def small_op(requires_grad: bool) -> Callable[[Any], Callable[[], Any]]:
     return build
 
 
+def parts_of(library: Any) -> tuple[Any, Any]:
+    """`nn` and `optim` of a library."""
+    return importlib.import_module(f"{library.__name__}.nn"), importlib.import_module(f"{library.__name__}.optim")
+
+
 def mlp_step(optimizer: str) -> Callable[[Any], Callable[[], Any]]:
     """A training step of a 784-128-10 network at batch 64: forward, loss, backward, update."""
 
     def build(library: Any) -> Callable[[], Any]:
-        nn = importlib.import_module(f"{library.__name__}.nn")
-        optim = importlib.import_module(f"{library.__name__}.optim")
+        nn, optim = parts_of(library)
         library.manual_seed(0)
         model = nn.Sequential(nn.Linear(784, 128), nn.ReLU(), nn.Linear(128, 10))
         inputs, labels = library.randn(64, 784), library.randint(0, 10, (64,))
@@ -80,11 +82,6 @@ def mlp_step(optimizer: str) -> Callable[[Any], Callable[[], Any]]:
         return step
 
     return build
-
-
-def parts_of(library: Any) -> tuple[Any, Any]:
-    """`nn` and `optim` of a library."""
-    return importlib.import_module(f"{library.__name__}.nn"), importlib.import_module(f"{library.__name__}.optim")
 
 
 @dataclass(frozen=True)
@@ -195,10 +192,16 @@ def bytes_of(call: Callable[[], Any]) -> float:
     """How far this process's memory rises above what it is now while the call is made a few times."""
     with open(CLEAR_REFS, "w") as file:
         file.write("5")
-    before = process_memory().used
+    before = kilobytes("VmRSS")
     for _ in range(3):
         call()
-    return float(process_memory().peak - before)
+    return 1024.0 * (kilobytes("VmHWM") - before)
+
+
+def kilobytes(field: str) -> int:
+    """A field of this process's status. Read here: importing our backends would change how PyTorch gets its memory."""
+    with open("/proc/self/status") as status:
+        return int(dict(line.split(":", 1) for line in status)[field].split()[0])
 
 
 def measure(library: str, case: str) -> float:

@@ -44,6 +44,13 @@ def test_the_environment_that_slows_openblas_is_left_out(monkeypatch: pytest.Mon
     assert "PATH" in seen
 
 
+def test_the_program_alone_loads_no_array_library() -> None:
+    """What it loads is loaded beside PyTorch, too; our NumPy backend changes how the C library gives memory."""
+    code = "import sys, tinytorch.profiling.bench; print(*sys.modules)"
+    loaded = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout.split()
+    assert not [name for name in loaded if name.startswith(("numpy", "tinytorch.backends"))]
+
+
 def test_limits_decide(monkeypatch: pytest.MonkeyPatch) -> None:
     times = {"tinytorch": 3e-3, "torch": 2e-3}
     monkeypatch.setattr(bench, "measure", lambda library, case: times[library])
