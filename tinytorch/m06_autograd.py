@@ -103,7 +103,7 @@ from tinytorch.m05_losses import cross_entropy, softmax_cross_entropy
 # - `g`, always first: the gradient with respect to the output;
 # - `out`: the output; `extras`: the by-products of an operation that returns a tuple (None under `create_graph`);
 # - the name of an input: its value; with `_shape` behind it: its shape only;
-# - the name of an attribute: its value; `position`: which of several like inputs the rule is for.
+# - the name of an attribute: its value; `position`: which of like inputs the rule is for, or which ones are tracked.
 #
 # Rules are written with operators and Ops. They see raw arrays in an ordinary backward, and tensors when gradients of
 # gradients are wanted: the same rule serves every order.
@@ -113,11 +113,11 @@ from tinytorch.m05_losses import cross_entropy, softmax_cross_entropy
 class Rules:
     """The gradient rules of one operation, one for each input that has a gradient."""
 
-    def __init__(self, op: Op, rules: dict[str, Callable | None]) -> None:
+    def __init__(self, op: Op, together: Callable | None, rules: dict[str, Callable | None]) -> None:
         unknown = rules.keys() - set(op.inputs)
         if unknown:
             raise TypeError(f"gradient({op.name}): it has inputs {op.inputs}, not {sorted(unknown)}")
-        self.op, self.rules = op, rules
+        self.op, self.together, self.rules = op, together, rules
         self.plans: dict[int, Plan | None] = {}
 
     def plan(self, mask: int, count: int) -> Plan | None:
@@ -133,7 +133,8 @@ class Rules:
 class Plan:
     """For one set of tracked inputs: which values to keep, and the rules to call with which of them.
 
-    keep: (kind, key) of each value; steps: (which tracked input, rule, places of its arguments in the kept values).
+    keep: (kind, key) of each value; steps: (which tracked input, rule, places of its arguments in the kept values), the
+    first a list of all of them, with their positions, for a rule that serves all together.
     """
 
     def __init__(self, rules: Rules, tracked: list[int]) -> None:
@@ -147,10 +148,14 @@ class Plan:
                                           f"with gradient({self.op.name}, {name}=…)")  # fmt: skip
             rule = rules.rules[name]
             if rule is not None:
-                wanted = list(inspect.signature(rule).parameters)[1:]
-                self.steps.append((k, rule, tuple(self._place(name, i) for name in wanted)))
+                self.steps.append((k, rule, self._places(rule, i)))
+        if rules.together:
+            self.steps = [(list(enumerate(tracked)), rules.together, self._places(rules.together, tuple(tracked)))]
 
-    def _place(self, name: str, position: int) -> int:
+    def _places(self, rule: Callable, position: Any) -> tuple[int, ...]:
+        return tuple(self._place(name, position) for name in list(inspect.signature(rule).parameters)[1:])
+
+    def _place(self, name: str, position: Any) -> int:
         """Where among the kept values the one that a rule calls `name` stands; it is added if it is new."""
         inputs = self.op.inputs
         wanted: tuple[str, Any]
@@ -197,11 +202,14 @@ RULES: dict[Op, Rules] = {}
 NON_DIFFERENTIABLE: set[Op] = set()
 
 
-def gradient(op: Op, **rules: Callable | None) -> None:
-    """Give an operation its gradient: a rule for each input by name, or None for an input that has none."""
+def gradient(op: Op, together: Callable | None = None, **rules: Callable | None) -> None:
+    """Give an operation its gradient: a rule for each input by name, or None for an input that has none.
+
+    Or one rule for all `together`, which returns a tuple: the gradient of each input, None where there is none.
+    """
     if op in RULES or op in NON_DIFFERENTIABLE:
         raise ValueError(f"gradient: {op.name} has its rules already")
-    RULES[op] = Rules(op, rules)
+    RULES[op] = Rules(op, together, rules if together is None else dict.fromkeys(op.inputs, together))
 
 
 def non_differentiable(*ops: Op) -> None:
@@ -288,10 +296,8 @@ def piece(g: Any, position: int, tensors_shape: tuple, dim: int) -> Any:
 def scatter(xp, g, *, index, shape):
     """Zeros of a shape, with g added at the index: what `x[index]` does, backwards."""
     zero = xp.zeros(tuple(shape), dtype=g.dtype)
-    if all(
-        isinstance(part, (int, slice, type(None), type(...)))
-        for part in (index if isinstance(index, tuple) else (index,))
-    ):
+    parts = index if isinstance(index, tuple) else (index,)
+    if all(isinstance(part, (int, slice, type(None), type(...))) for part in parts):
         xp.assign(zero, index, g)  # no place occurs twice
         return zero
     return xp.scatter_add(zero, index, g)
@@ -399,16 +405,16 @@ class Node:
     def gradients(self, g: Any, create_graph: bool) -> Iterable[tuple[Any, Any]]:
         """(parent, gradient) for each parent, `g` being the gradient of the output."""
         if self.values is None:
-            raise RuntimeError(
-                f"backward has been through {self.name} of shape {tuple(self.shape)} already and freed what it kept; "
-                "to go through a graph twice, say retain_graph=True the first time"
-            )
+            raise RuntimeError(f"backward has been through {self.name} of shape {tuple(self.shape)} already and freed "
+                               "what it kept; to go through a graph twice, say retain_graph=True at first")  # fmt: skip
         values = self._unchanged()
         if create_graph:
-            values = [
-                self._tracked(kind, key, value) for (kind, key), value in zip(self.plan.keep, values, strict=True)
-            ]
-        return [(self.parents[k], rule(g, *[values[i] for i in places])) for k, rule, places in self.plan.steps]
+            values = [self._tracked(kind, key, v) for (kind, key), v in zip(self.plan.keep, values, strict=True)]
+        found = list[tuple[Any, Any]]()
+        for k, rule, places in self.plan.steps:
+            part = rule(g, *[values[i] for i in places])
+            found += [(self.parents[j], part[i]) for j, i in k] if type(k) is list else [(self.parents[k], part)]
+        return found
 
     def _unchanged(self) -> list:
         """The kept values; an error if one was written to since."""
@@ -418,10 +424,9 @@ class Node:
             for (kind, _), value in zip(self.plan.keep, self.values, strict=True):
                 kept = value if kind in ("inputs", "extras") else (value,) if kind in ("input", "out") else ()
                 if any(hasattr(array, "dtype") and Writes.since(array, self.number) for array in kept or ()):
-                    raise RuntimeError(
-                        f"a value that {self.name} of shape {tuple(self.shape)} needs for backward was changed in "
-                        "place after it was recorded; change a clone instead, or change it after backward"
-                    )
+                    raise RuntimeError(f"a value that {self.name} of shape {tuple(self.shape)} needs for backward was "
+                                       "changed in place after it was recorded; change a clone instead, or change it "
+                                       "after backward")  # fmt: skip
         return self.values
 
     def _tracked(self, kind: str, key: Any, value: Any) -> Any:
@@ -667,9 +672,8 @@ def backward(
 def root(x: Tensor, gradient: Tensor | None, create_graph: bool) -> tuple[Any, Any]:
     """Where backward starts, and with which gradient."""
     if not x.watched:
-        raise RuntimeError(
-            f"backward: this tensor (shape {x.shape}) was computed from nothing that requires grad, or under no_grad()"
-        )
+        raise RuntimeError(f"backward: this tensor (shape {x.shape}) was computed from nothing that requires grad, or "
+                           "under no_grad()")  # fmt: skip
     if gradient is None:
         if x.numel() != 1:
             raise RuntimeError(f"backward: of a tensor of shape {x.shape} a gradient of that shape must be given; "
@@ -684,13 +688,10 @@ def root(x: Tensor, gradient: Tensor | None, create_graph: bool) -> tuple[Any, A
 
 
 def grad(
-    outputs: Tensor | Sequence[Tensor],
-    inputs: Tensor | Sequence[Tensor],
-    grad_outputs: Tensor | Sequence[Tensor | None] | None = None,
-    retain_graph: bool | None = None,
-    create_graph: bool = False,
-    allow_unused: bool = False,
-) -> tuple[Tensor | None, ...]:
+    outputs: Tensor | Sequence[Tensor], inputs: Tensor | Sequence[Tensor],
+    grad_outputs: Tensor | Sequence[Tensor | None] | None = None, retain_graph: bool | None = None,
+    create_graph: bool = False, allow_unused: bool = False,
+) -> tuple[Tensor | None, ...]:  # fmt: skip
     """The gradients of the sum of outputs with respect to the inputs; no `grad` is touched.
 
     RuntimeError where an input requires no grad, or does not influence the outputs (None with `allow_unused`).

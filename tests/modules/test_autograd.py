@@ -641,6 +641,32 @@ def test_rules_that_do_not_fit(cube: Op, rules: dict, words: str) -> None:
         used()
 
 
+def test_a_rule_for_all_inputs_is_called_once_and_told_which_are_tracked() -> None:
+    calls = []
+
+    def swapped(xp: Any, a: Any, b: Any, c: Any, *, factor: float = 2.0) -> Any:
+        return a * b * factor
+
+    operation = Op(swapped)
+
+    def rule(g: Any, a: Any, b: Any, position: tuple, factor: float) -> tuple:
+        calls.append(position)
+        return g * b * factor, g * a * factor, None
+
+    gradient(operation, together=rule)
+    try:
+        a, b = t.tensor([2.0, 3.0], requires_grad=True), t.tensor([5.0, 7.0], requires_grad=True)
+        operation(a, b, t.ones(2)).sum().backward()
+        assert (a.grad.tolist(), b.grad.tolist()) == ([10, 14], [4, 6])
+        operation(t.ones(2), b, t.ones(2), factor=3.0).sum().backward()
+        assert b.grad.tolist() == [7, 9]
+        assert calls == [(0, 1), (1,)]
+        (second,) = t.autograd.grad(operation(a, b, 1.0).sum(), [a], create_graph=True)
+        assert t.autograd.grad(second.sum(), [b])[0].tolist() == [2, 2]
+    finally:
+        del RULES[operation], Op.registry["swapped"]
+
+
 def test_declared_without_gradient(cube: Op) -> None:
     non_differentiable(cube)
     assert not cube(leaf(2)).requires_grad
