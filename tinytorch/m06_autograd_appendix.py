@@ -39,7 +39,7 @@ from tinytorch.m02_tensor import (
     where,
     zeros,
 )
-from tinytorch.m03_activations import elu, gelu, hardtanh, leaky_relu, sigmoid, silu, softplus
+from tinytorch.m03_activations import elu, gelu_and_cdf, hardtanh, leaky_relu, sigmoid, silu, softplus
 from tinytorch.m04_layers import Module
 from tinytorch.m05_losses import bernoulli_cross_entropy
 from tinytorch.m06_autograd import (
@@ -162,8 +162,30 @@ def diagonal(g: Any, letters: str, wanted: str, shape: tuple) -> Any:
     return m02.einsum_op(g, *unit_matrices, equation=f"{','.join(terms)}->{result}")
 
 
-def gelu_rule(g: Any, x: Any, approximate: str) -> Any:
-    """x Φ(x) differentiated: Φ(x) + x φ(x); or the same of the tanh formula."""
+@op
+def gelu_gradient(xp, g, x, cdf, *, approximate):
+    """g (Φ(x) + x φ(x)), where φ is the derivative of Φ."""
+    out = x * x
+    if approximate == "none":
+        out *= -0.5
+        out = xp.exp(out)
+        out *= 1 / math.sqrt(2 * math.pi)
+    else:  # Φ = (1 + tanh u) / 2, so φ = 2 Φ (1 - Φ) u'
+        out *= 3 * 0.044715
+        out += 1
+        out *= 2 * math.sqrt(2 / math.pi)
+        out *= cdf
+        out *= 1 - cdf
+    out *= x
+    out += cdf
+    out *= g
+    return out
+
+
+def gelu_rule(g: Any, x: Any, extras: Any, approximate: str) -> Any:
+    """By the fused operation; under create_graph, the same in operations that have rules."""
+    if extras is not None:
+        return gelu_gradient(g, x, *extras, approximate=approximate)
     if approximate == "none":
         density = exp(x * x * -0.5) * (1 / math.sqrt(2 * math.pi))
         return g * ((1 + m02.erf(x * math.sqrt(0.5))) * 0.5 + x * density)
@@ -188,7 +210,8 @@ def elu_rule(g: Any, x: Any, alpha: float) -> Any:
 # fmt: off
 gradient(leaky_relu,      x=lambda g, x, negative_slope: where(x > 0, g, g * negative_slope))
 gradient(hardtanh,        x=lambda g, x, min_val, max_val: where((x > min_val) & (x < max_val), g, 0))
-gradient(gelu,            x=gelu_rule)
+gradient(gelu_and_cdf,    x=gelu_rule)
+gradient(gelu_gradient)
 gradient(silu,            x=silu_rule)
 gradient(softplus,        x=softplus_rule)
 gradient(elu,             x=elu_rule)

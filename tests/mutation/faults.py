@@ -319,6 +319,10 @@ LOSSES = [
 AUTOGRAD = [
     *faults_in(
         "tinytorch/m06_autograd.py",
+        ("self._places(rules.together, tuple(tracked)))]", "self._places(rules.together, ()))]",
+         "a rule for all inputs is not told which are tracked"),
+        ("found += [(self.parents[j], part[i]) for j, i in k]", "found += [(self.parents[j], part[j]) for j, i in k]",
+         "a rule's gradients go to the wrong inputs if not all are tracked"),
         ("b=lambda g: -g)", "b=lambda g: g)", "the rule of a - b has the wrong sign"),
         ("b=lambda g, b, out: -(g * out) / b)", "b=lambda g, b, out: -(g * out))", "the rule of a / b divides once"),
         ("x=lambda g, out: g / (2 * out))", "x=lambda g, out: g / out)", "the rule of sqrt lacks its half"),
@@ -378,7 +382,9 @@ AUTOGRAD = [
         ("where(eq(out, 0), 0, x / where(eq(out, 0), 1, out))", "x / out", "the norm of 0 has the slope nan"),
         ("if isinstance(shifts, tuple) else -shifts", "if isinstance(shifts, tuple) else shifts",
          "the rule of roll shifts the same way"),
-        ("(3 * 0.044715)", "0.044715", "the rule of gelu's approximation lacks a 3"),
+        ("out *= 3 * 0.044715", "out *= 0.044715", "the rule of gelu's approximation lacks a 3"),
+        ("(3 * 0.044715)", "0.044715", "under create_graph the rule of gelu's approximation lacks a 3"),
+        ("        out *= 1 - cdf\n", "", "the rule of gelu's approximation is that of exp"),
         ("where(x * beta > threshold, g, g * sigmoid(x * beta))", "g * sigmoid(x)",
          "the rule of softplus ignores beta"),
         ("exp(m02.clamp(x, max=0)) * alpha", "exp(m02.clamp(x, max=0))", "the rule of elu ignores alpha"),
@@ -720,5 +726,21 @@ DATALOADER_APPENDIX = [
     ),
 ]  # fmt: skip
 
+ROWS = faults_in(
+    "backends/numpy.py",
+    ("np.matmul(a.reshape(-1, a.shape[-1]), b).reshape(*a.shape[:-1], b.shape[1])",
+     "np.matmul(a.reshape(-1, a.shape[-1]), b)",
+     "a product of a batch with one matrix loses its axes"),
+    ("return total.reshape(*x.shape[:-1], 1) if keepdims else total.reshape(x.shape[:-1])",
+     "return total.reshape(x.shape[:-1])", "the sums of many rows lose their axis"),
+    ("total.reshape((1,) * lead + x.shape[lead:] if keepdims else x.shape[lead:])",
+     "total.reshape(x.shape[lead:])", "the sums of many columns lose their axes"),
+    ("largest.reshape(*x.shape[:-1], 1) if keepdims else largest.reshape(x.shape[:-1])",
+     "largest.reshape(x.shape[:-1])", "the largest of many rows lose their axis"),
+    ("axes == list(range(len(axes))) and len(axes) < x.ndim", "len(axes) < x.ndim",
+     "sums over inner axes are taken for sums over the first ones"),
+    tests=("tests/backends/test_rows.py",),
+)  # fmt: skip
+
 FAULTS = [*TENSOR, *BACKENDS, *ACTIVATIONS, *LAYERS, *LOSSES, *AUTOGRAD, *OPTIMIZERS, *TRAINING, *SPATIAL, *SEEDED,
-          *DATALOADER, *DATALOADER_APPENDIX]  # fmt: skip
+          *DATALOADER, *DATALOADER_APPENDIX, *ROWS]  # fmt: skip

@@ -1297,10 +1297,10 @@ def sigmoid(x: np.ndarray) -> np.ndarray:
     return 1 / (1 + np.exp(-x))
 
 
-def numpy_gelu(x: np.ndarray, approximate: str = "none") -> np.ndarray:
+def numpy_cdf(x: np.ndarray, approximate: str = "none") -> np.ndarray:
     if approximate == "tanh":
-        return 0.5 * x * (1 + np.tanh(math.sqrt(2 / math.pi) * (x + 0.044715 * x**3)))
-    return 0.5 * x * (1 + erf(x / math.sqrt(2)))
+        return 0.5 * (1 + np.tanh(math.sqrt(2 / math.pi) * (x + 0.044715 * x**3)))
+    return 0.5 * (1 + erf(x / math.sqrt(2)))
 
 
 def also(*attributes: dict, draw: Draw = normal) -> Callable:
@@ -1332,9 +1332,9 @@ row(
 row("sigmoid", F.sigmoid, sigmoid, unary(), result="float", integers=True)
 row("silu", F.silu, lambda x: x * sigmoid(x), unary(), result="float", integers=True)
 row(
-    "gelu",
-    F.gelu,
-    numpy_gelu,
+    "gelu_and_cdf",
+    Op.registry["gelu_and_cdf"],
+    lambda x, approximate="none": (x * numpy_cdf(x, approximate), numpy_cdf(x, approximate)),
     also({"approximate": "tanh"}),
     result="float",
     bad=[bad(lambda: F.gelu(t.ones(2), approximate="erf"), ValueError, "gelu: approximate must be")],
