@@ -232,6 +232,17 @@ MODULES = (
             """,
         },
     ),
+    Module(
+        number=11,
+        name="tokenization",
+        title="Tokenization",
+        part="Language",
+        checkpoint="Turn any text into numbers and back, with your own vocabulary or a published one",
+        exports={
+            "": "CharTokenizer BPETokenizer load_tokenizer save_vocabulary mergeable_ranks",
+            "utils.data": "TokenWindows",
+        },
+    ),
 )
 
 FACES = (
