@@ -243,6 +243,17 @@ MODULES = (
             "utils.data": "TokenWindows",
         },
     ),
+    Module(
+        number=12,
+        name="embeddings",
+        title="Embeddings",
+        part="Language",
+        checkpoint="Give tokens vectors, and tell a network where they stand",
+        exports={
+            "nn": "Embedding EmbeddingBag LearnedPositions SinusoidalPositions RotaryEmbedding",
+            "nn.functional": "embedding embedding_bag sinusoidal_positions rotary_tables alibi_slopes alibi_bias",
+        },
+    ),
 )
 
 FACES = (

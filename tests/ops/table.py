@@ -1998,3 +1998,162 @@ row(
     with_attributes(((4, 2, 2),), ({"upscale_factor": 2},)),
     bad=[bad(lambda: F.pixel_shuffle(t.ones(3, 2, 2), 2), ValueError, "with a multiple of 4 channels, got")],
 )
+
+# -- 12 embeddings -----------------------------------------------------------------------------------------------------
+
+IDS = ((), (3,), (2, 2), (0,), (2, 0))  # shapes of ids
+
+
+def lookups(rng: Generator) -> Iterator[Case]:
+    for i, shape in enumerate(IDS):
+        ids = np.asarray(rng.integers(0, 4, shape), ("int64", "int32", "uint8")[i % 3])
+        yield case(ids, normal(rng, (4, 1 + i % 3)))
+
+
+def numpy_add_rows(
+    g: np.ndarray, ids: np.ndarray, rows: int, padding_idx: int | None = None, scale_grad_by_freq: bool = False
+) -> np.ndarray:
+    """One row after the other."""
+    out = np.zeros((rows, g.shape[-1]))
+    for i, row in zip(ids.reshape(-1), g.reshape(-1, g.shape[-1]), strict=True):
+        out[i] += (i != padding_idx) * row / (np.sum(ids == i) if scale_grad_by_freq else 1)
+    return out
+
+
+def added_rows(rng: Generator) -> Iterator[Case]:
+    for i, shape in enumerate(IDS):
+        yield case(normal(rng, (*shape, 1 + i % 2)), rng.integers(0, 3, shape), rows=3)
+    for count in (1, 7, 8, 9):  # runs of every length up to 9
+        yield case(normal(rng, (count, 1)), np.full(count, 1, "int32"), rows=2)
+    ids = np.array([2, 0, 2, 2, 1, 0, 2])
+    for padding_idx, scaled in ((2, False), (None, True), (0, True)):
+        yield case(normal(rng, (7, 2)), ids, rows=4, padding_idx=padding_idx, scale_grad_by_freq=scaled)
+
+
+def numpy_rotate(x: np.ndarray, cos: np.ndarray, sin: np.ndarray) -> np.ndarray:
+    half = x.shape[-1] // 2
+    return x * cos + np.concatenate([-x[..., half:], x[..., :half]], axis=-1) * sin
+
+
+def rotations(rng: Generator) -> Iterator[Case]:
+    for x, table in (((3, 4), (3, 4)), ((2, 2, 2, 2), (2, 2)), ((2, 2, 3, 2), (2, 1, 3, 2)), ((1, 4), (3, 4)),
+                     ((2, 0, 2), (0, 2)), ((4,), (4,))):  # fmt: skip
+        yield case(normal(rng, x), normal(rng, table), normal(rng, table))
+
+
+def bad_look_up(error: type[Exception], words: str, ids: Any, *shape: int, **attributes: Any) -> Bad:
+    """A look-up in a weight of ones of a shape."""
+    return bad(lambda: F.embedding(ids(), t.ones(*shape), **attributes), error, f"^embedding: {words}")
+
+
+row(
+    "embedding_lookup",
+    F.embedding,
+    lambda ids, weight: weight[ids],
+    lookups,
+    (1,),
+    bad=[
+        bad_look_up(IndexError, "index 70 is out of range for 65 rows$", lambda: t.tensor([3, 70, -1]), 65, 2),
+        bad_look_up(IndexError, "index -1 is out of range", lambda: t.tensor([[3], [-1]]), 65, 2),
+        bad_look_up(IndexError, "index 0 is out of range for 0 rows", lambda: t.tensor(0), 0, 2),
+        bad_look_up(TypeError, r"ids must be integers, got float32 \(2,\); ids.to\('int64'\)", lambda: t.ones(2), 3, 2),
+        bad_look_up(TypeError, "ids must be integers, got bool", lambda: t.ones(2) > 0, 3, 2),
+        bad_look_up(TypeError, "ids must be a tensor of integers, got list; tensor", lambda: [0, 1], 3, 2),
+        bad_look_up(ValueError, r"expected a weight \(rows, features\), got \(3,\)", lambda: t.tensor(0), 3),
+        bad_look_up(ValueError, "padding_idx must be one of the 3 rows", lambda: t.tensor(0), 3, 1, padding_idx=3),
+        bad_look_up(ValueError, "padding_idx must be .*, got -4", lambda: t.tensor(0), 3, 2, padding_idx=-4),
+    ],
+)
+
+
+def turned(*shapes: tuple) -> Any:
+    return Op.registry["rotate"](*(t.ones(*shape) for shape in shapes))
+
+
+row("embedding_weight_gradient", Op.registry["embedding_weight_gradient"], numpy_add_rows, added_rows)
+row(
+    "rotate",
+    Op.registry["rotate"],
+    numpy_rotate,
+    rotations,
+    (0, 1, 2),
+    bad=[
+        bad(lambda: turned((2, 3), (2, 3), (2, 3)), ValueError, r"rotate: expected .* D even, got x \(2, 3\)"),
+        bad(lambda: turned((2, 4), (2, 2), (2, 2)), ValueError, r"cos \(2, 2\)"),
+        bad(lambda: turned((2, 4), (2, 4), (4,)), ValueError, r"sin \(4,\)"),
+        bad(lambda: turned((3, 4), (2, 4), (2, 4)), ValueError, "^rotate: "),
+    ],
+)
+
+
+def raw_embedding_bag(weight: Any, shares: Any = None, *, ids: Any, offsets: Any = None, **attributes: Any) -> Any:
+    from tinytorch.m12_embeddings_appendix import embedding_bag
+
+    return embedding_bag(ids, weight, offsets, per_sample_weights=shares, **attributes)
+
+
+def numpy_embedding_bag(
+    weight: np.ndarray, shares: Any = None, *, ids: np.ndarray, offsets: Any = None, mode: str = "mean",
+    padding_idx: int | None = None,
+) -> np.ndarray:  # fmt: skip
+    rows = weight[ids] if shares is None else weight[ids] * shares[..., None]
+    parts = zip(ids, rows, strict=True) if offsets is None else zip(
+        np.split(ids, offsets[1:]), np.split(rows, offsets[1:]), strict=True
+    )  # fmt: skip
+    kept = [part[i != padding_idx] if padding_idx is not None else part for i, part in parts]
+    reduce = getattr(np, mode)
+    return np.stack([reduce(part, axis=0) if len(part) else np.zeros(weight.shape[1]) for part in kept])
+
+
+def bags(rng: Generator) -> Iterator[Case]:
+    ids, flat, offsets = np.array([[0, 2], [1, 1], [2, 0]]), np.array([1, 1, 0, 2, 1]), np.array([0, 2, 2, 3])
+    for mode in ("sum", "mean", "max"):
+        yield case(distinct(rng, (3, 2)), ids=ids, mode=mode)
+        yield case(distinct(rng, (3, 1)), ids=flat, offsets=offsets, mode=mode)
+        yield case(distinct(rng, (3, 2)), ids=flat, offsets=offsets, mode=mode, padding_idx=1)
+    yield case(normal(rng, (3, 2)), normal(rng, (3, 2)), ids=ids, mode="sum")
+    yield case(normal(rng, (3, 1)), normal(rng, (5,)), ids=flat, offsets=offsets, mode="sum", padding_idx=0)
+
+
+def bad_bag(words: str, *inputs: Any, error: type[Exception] = ValueError, **attributes: Any) -> Bad:
+    """A call with ids and offsets as lists, or a weight of 3 rows and what else is given."""
+
+    def call() -> Any:
+        ids, offsets = (None if x is None else t.tensor(x, dtype="int64") for x in (*inputs, None)[:2])
+        return raw_embedding_bag(t.ones(3, 2), ids=ids, offsets=offsets, **attributes)
+
+    return bad(call, error, f"embedding_bag: {words}")
+
+
+row(
+    "embedding_bag",
+    raw_embedding_bag,
+    numpy_embedding_bag,
+    bags,
+    (0, 1),
+    bad=[
+        bad_bag(r"mode must be one of \('sum', 'mean', 'max'\), got 'min'", [[0]], mode="min"),
+        bad_bag("index 3 is out of range for 3 rows", [[0, 3]], error=IndexError),
+        bad_bag(r"expected ids \(bags, L\), or \(n,\) with offsets, got \(\)", 0),
+        bad_bag(r"each row of ids \(1, 2\) is a bag", [[0, 1]], [0]),
+        bad_bag(r"ids \(2,\) need offsets \(bags,\) of integers, got None", [0, 1]),
+        bad_bag(r"offsets must rise from 0 to at most 2, got \[1\]", [0, 1], [1]),
+        bad_bag(r"offsets must rise from 0 to at most 2, got \[0, 3\]", [0, 1], [0, 3]),
+        bad_bag(r"offsets must rise from 0 to at most 2, got \[0, 2, 1\]", [0, 1], [0, 2, 1]),
+        bad_bag("with include_last_offset, offsets end with 2", [0, 1], [0, 1], include_last_offset=True),
+        bad_bag("2 ids are in no bag", [0, 1], []),
+        bad_bag("scale_grad_by_freq is for the modes 'sum' and 'mean'", [[0]], mode="max", scale_grad_by_freq=True),
+        bad_bag("padding_idx must be one of the 3 rows, got 5", [[0]], padding_idx=5),
+        bad(
+            lambda: raw_embedding_bag(t.ones(3, 2), t.ones(1, 2), ids=t.tensor([[0, 1]]), mode="mean"),
+            ValueError,
+            r"expected per_sample_weights float32 \(1, 2\) and mode 'sum', got float32 \(1, 2\), 'mean'",
+        ),
+        bad(
+            lambda: raw_embedding_bag(t.ones(3, 2), t.ones(2), ids=t.tensor([[0, 1]]), mode="sum"),
+            ValueError,
+            r"got float32 \(2,\), 'sum'",
+        ),
+        bad(lambda: raw_embedding_bag(t.ones(3), ids=t.tensor([[0]])), ValueError, r"a weight \(rows, features"),
+    ],
+)
