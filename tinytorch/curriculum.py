@@ -254,6 +254,17 @@ MODULES = (
             "nn.functional": "embedding embedding_bag sinusoidal_positions rotary_tables alibi_slopes alibi_bias",
         },
     ),
+    Module(
+        number=13,
+        name="attention",
+        title="Attention",
+        part="Language",
+        checkpoint="Let each place of a sequence choose what it takes from the others",
+        exports={
+            "nn": "MultiheadAttention SelfAttention",
+            "nn.functional": "scaled_dot_product_attention",
+        },
+    ),
 )
 
 FACES = (

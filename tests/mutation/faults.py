@@ -26,6 +26,7 @@ CHAPTER_TESTS = {
     "10": ("tinytorch/m10_*.py", "tests/modules/test_dataloader.py", "tests/checkpoints/test_10_*.py"),
     "11": ("tinytorch/m11_*.py", "tests/modules/test_tokenization*.py", "tests/checkpoints/test_11_*.py"),
     "12": ("tinytorch/m12_*.py", EDGES, "tests/modules/test_embeddings*.py", "tests/checkpoints/test_12_*.py"),
+    "13": ("tinytorch/m13_*.py", "tests/modules/test_attention*.py", "tests/checkpoints/test_13_*.py"),
     "backends": ("tests/backends", EDGES, "tests/modules/test_tensor*.py", "tests/modules/test_autograd*.py"),
 }
 VALUES = ("tests/ops/test_ops.py::test_limits", "tests/ops/test_ops.py::test_values_and_dtypes")
@@ -1025,6 +1026,66 @@ EMBEDDINGS = [
     ),
 ]  # fmt: skip
 
+ATTENTION = [
+    *faults_in(
+        "tinytorch/m13_attention.py",
+        ("shape=(-1, 1)) >= arange(keys", "shape=(-1, 1)) > arange(keys", "a place does not see itself"),
+        ("places < tensor(list(lengths)", "places <= tensor(list(lengths)", "the first padding is seen"),
+        ("allowed = seen if allowed is None else allowed & seen", "allowed = seen",
+         "the readable attention forgets to be causal beside a mask"),
+        ("mul(softmax(where(allowed, scores, nothing), dim=-1), allowed.to(scores.dtype)).to(dtype)",
+         "softmax(where(allowed, scores, nothing), dim=-1).to(dtype)",
+         "a query that sees nothing takes the mean of everything"),
+        ("min(rows.stop, keys) if is_causal else keys", "rows.stop if is_causal else keys",
+         "with fewer keys than queries, more keys are read than there are"),
+        ("scores[..., start:] += xp.triu(hidden, k=1)", "scores[..., start:] += xp.triu(hidden, k=0)",
+         "a block's queries do not see themselves"),
+        ("scores + mask[..., rows, :seen]", "scores + mask[..., : rows.stop - start, :seen]",
+         "every block has the first block's mask"),
+        ("key[..., :seen, :]))\n        if is_causal and start < seen:", "key[..., :seen, :]))\n        if is_causal:",
+         "queries behind the last key break the mask"),
+        ("weights = xp.exp(scores - largest)", "weights = xp.exp(scores - 0 * largest)", "large scores overflow"),
+        ("        largest = xp.where(largest > -math.inf, largest, 0.0)  # finite also in a row that sees nothing\n",
+         "",
+         "the scores of a query that sees nothing are nan"),
+        ("        total = xp.where(total == 0, 1.0, total)  # 0 / 1 is 0\n", "", "a query that sees nothing gives nan"),
+        ("    g = g / total  # here", "    # here", "in backward the weights are not divided by their sum"),
+        ("(widened(xp, x) for x in (query, key, value))\n    if 0 in", "(x for x in (query, key, value))\n    if 0 in",
+         "half precision adds up in half precision"),
+        ("        slopes -= taken[..., rows, :]\n", "", "the softmax's gradient lacks its second term"),
+        ("        slopes *= weights\n        to_query", "        to_query", "the softmax's gradient lacks the weights"),
+        ("    to_key *= scale\n", "", "the gradient of the keys is not scaled"),
+        ("    to_query *= scale\n", "", "the gradient of the queries is not scaled"),
+        ("to_key[..., :seen, :] += xp", "to_key[..., :seen, :] = xp",
+         "only the last block has a gradient for the keys"),
+        ("to_value[..., :seen, :] += xp", "to_value[..., :seen, :] = xp",
+         "only the last block has a gradient for the values"),
+        ("to_mask[..., rows, :seen] = slopes", "to_mask[..., rows, :seen] = slopes * scale",
+         "the mask's gradient is scaled like the queries'"),
+        ("to_mask = 3 in position", "to_mask = False", "a mask of floats has no gradient"),
+        ("per_head = attn_mask.shape[-3] > 1", "per_head = False",
+         "with grouped queries, heads cannot have masks of their own"),
+        ("if dropout_p:", "if False:", "attention forgets its dropout"),
+        ("self.dropout if self.training else 0.0, self.is_causal", "self.dropout, self.is_causal",
+         "attention drops weights in evaluation too"),
+        ("else (self.rotary(query), self.rotary(key), value)", "else (self.rotary(query), key, value)",
+         "keys are not turned by their places"),
+    ),
+    *faults_in(
+        "tinytorch/m13_attention_appendix.py",
+        ("masks = [~mask for mask in masks]", "masks = list(masks)",
+         "PyTorch's layer takes its masks the other way round"),
+        ("masks[0] & masks[1]", "masks[0] | masks[1]", "of two masks one is enough to be seen"),
+        ("value=True if mask.dtype == bool_ else 0.0)", "value=False if mask.dtype == bool_ else 0.0)",
+         "what is put behind the keys is hidden"),
+        ("mean(weights, dim=1) if average_attn_weights else weights", "weights",
+         "the weights are not averaged over the heads"),
+        ("out = out if self.batch_first else transpose(out, 0, 1)", "out = transpose(out, 0, 1)",
+         "with batch_first the result has its axes exchanged"),
+        tests=("tests/modules/test_attention.py", "tests/modules/test_multihead*.py"),
+    ),
+]  # fmt: skip
+
 ROWS = faults_in(
     "backends/numpy.py",
     ("np.matmul(a.reshape(-1, a.shape[-1]), b).reshape(*a.shape[:-1], b.shape[1])",
@@ -1042,4 +1103,4 @@ ROWS = faults_in(
 )  # fmt: skip
 
 FAULTS = [*TENSOR, *BACKENDS, *ACTIVATIONS, *LAYERS, *LOSSES, *AUTOGRAD, *OPTIMIZERS, *TRAINING, *SPATIAL, *SEEDED,
-          *DATALOADER, *DATALOADER_APPENDIX, *TOKENIZATION, *EMBEDDINGS, *ROWS]  # fmt: skip
+          *DATALOADER, *DATALOADER_APPENDIX, *TOKENIZATION, *EMBEDDINGS, *ATTENTION, *ROWS]  # fmt: skip

@@ -2157,3 +2157,132 @@ row(
         bad(lambda: raw_embedding_bag(t.ones(3), ids=t.tensor([[0]])), ValueError, r"a weight \(rows, features"),
     ],
 )
+
+# -- 13 attention, 14 transformers -------------------------------------------------------------------------------------
+
+
+def numpy_attention(
+    query: np.ndarray, key: np.ndarray, value: np.ndarray, mask: Any = None, *, is_causal: bool = False,
+    scale: float | None = None,
+) -> tuple:  # fmt: skip
+    """One query after the other."""
+    lead = np.broadcast_shapes(query.shape[:-2], key.shape[:-2], value.shape[:-2])
+    queries, keys = query.shape[-2], key.shape[-2]
+    query, key, value = (np.broadcast_to(x, (*lead, *x.shape[-2:])) for x in (query, key, value))
+    added = np.zeros((*lead, queries, keys))
+    if mask is not None:
+        added = added + (np.where(mask, 0.0, -np.inf) if mask.dtype == bool else mask)
+    out, largest = np.zeros((*lead, queries, value.shape[-1])), np.zeros((*lead, queries, 1))
+    sums = np.ones((*lead, queries, 1))
+    for place in np.ndindex(*lead, queries):
+        *b, q = place
+        scores = [
+            sum(query[(*b, q)] * key[(*b, k)]) * (query.shape[-1] ** -0.5 if scale is None else scale)
+            + (-np.inf if is_causal and k > q else added[(*b, q, k)])
+            for k in range(keys)
+        ]
+        seen = [k for k in range(keys) if scores[k] > -np.inf]
+        if seen:
+            total = sum(np.exp(scores[k]) for k in seen)
+            out[place] = sum(np.exp(scores[k]) / total * value[(*b, k)] for k in seen)
+            largest[place] = max(scores)
+            sums[place] = total / np.exp(max(scores))
+    return out, largest, sums
+
+
+def attended(rng: Generator) -> Iterator[Case]:
+    def inputs(lead: tuple, queries: int, keys: int, features: int = 2) -> list[np.ndarray]:
+        return [normal(rng, (*lead, n, d)) for n, d in ((queries, 2), (keys, 2), (keys, features))]
+
+    yield case(*inputs((), 3, 3))
+    yield case(*inputs((2,), 2, 3, 1), None, scale=0.3)
+    yield case(*inputs((2,), 3, 2), None, is_causal=True)
+    yield case(*inputs((), 2, 4), None, is_causal=True)
+    yield case(*inputs((2, 1), 2, 3), normal(rng, (2, 3)))
+    yield case(*inputs((2,), 2, 3), normal(rng, (2, 1, 3)), is_causal=True)
+    yield case(*inputs((), 3, 3), np.array([[True, False, True], [False, True, True], [True, True, True]]))
+    yield case(normal(rng, (2, 1, 2, 2)), normal(rng, (3, 2, 2)), normal(rng, (3, 2, 1)))  # leading axes broadcast
+    yield case(normal(rng, (0, 2, 2)), normal(rng, (0, 3, 2)), normal(rng, (0, 3, 2)))
+    yield case(normal(rng, (2, 0, 2)), normal(rng, (3, 2)), normal(rng, (3, 1)))
+    yield case(normal(rng, (2, 3, 2)), normal(rng, (2, 0, 2)), normal(rng, (2, 0, 1)))
+
+
+def attended_back(rng: Generator) -> Iterator[Case]:
+    for i, (inputs, attributes) in enumerate(attended(rng)):
+        mask = inputs[3] if len(inputs) > 3 else None
+        out, *kept = numpy_attention(*inputs, **attributes)
+        wanted = {"mask_gradient": True} if mask is not None and mask.dtype != bool else {}
+        if i not in (7, 9):  # there the result has the broadcast shape, and the sum over it is the engine's
+            yield case(normal(rng, out.shape), *inputs[:3], mask, out, *kept, **attributes, **wanted)
+
+
+def numpy_attention_gradients(
+    g: np.ndarray, query: np.ndarray, key: np.ndarray, value: np.ndarray, mask: Any, *kept: np.ndarray,
+    is_causal: bool = False, scale: float | None = None, mask_gradient: bool = False,
+) -> tuple:  # fmt: skip
+    """By the derivative of the softmax as a matrix, row by row."""
+    scale = query.shape[-1] ** -0.5 if scale is None else scale
+    scores = np.einsum("...td,...sd->...ts", query, key) * scale
+    hidden = np.triu(np.ones(scores.shape[-2:], bool), k=1) if is_causal else np.zeros(scores.shape[-2:], bool)
+    if mask is not None:
+        hidden = hidden | ~mask if mask.dtype == bool else hidden
+        scores = scores if mask.dtype == bool else scores + mask
+    weights = np.exp(scores - scores.max(initial=-1e9)) * ~hidden
+    weights = weights / weights.sum(-1, keepdims=True)
+    jacobian = np.einsum("...ts,su->...tsu", weights, np.eye(weights.shape[-1])) - np.einsum(
+        "...ts,...tu->...tsu", weights, weights
+    )
+    slopes = np.einsum("...te,...se,...tsu->...tu", g, value, jacobian)
+    found = [
+        np.einsum("...ts,...sd->...td", slopes, key) * scale,
+        np.einsum("...ts,...td->...sd", slopes, query) * scale,
+        np.einsum("...ts,...te->...se", weights, g),
+    ]
+    return (*found, slopes) if mask_gradient else tuple(found)
+
+
+row(
+    "attention",
+    Op.registry["attention"],
+    numpy_attention,
+    attended,
+    (0, 1, 2, 3),
+    bad=[
+        bad(lambda: F.scaled_dot_product_attention(t.ones(2), t.ones(2), t.ones(2)), ValueError, "attention: expected"),
+        bad(lambda: Op.registry["attention"](t.ones(2, 0), t.ones(2, 0), t.ones(2, 2)), ValueError, "D above 0"),
+        bad(lambda: Op.registry["attention"](t.ones(2, 2), t.ones(2, 3), t.ones(2, 3)), ValueError, "2 features, but"),
+        bad(lambda: Op.registry["attention"](t.ones(2, 2), t.ones(3, 2), t.ones(2, 2)), ValueError, "3 keys, but 2"),
+        bad(
+            lambda: Op.registry["attention"](t.ones(2, 2), t.ones(2, 2), t.ones(2, 2, dtype="float64")),
+            TypeError,
+            "floats of one dtype, got float32, float64",
+        ),
+        bad(
+            lambda: Op.registry["attention"](t.ones(2, 2), t.ones(3, 2), t.ones(3, 2), t.ones(3, 3)),
+            ValueError,
+            r"the mask must broadcast to \(…, 2, 3\)",
+        ),
+        bad(
+            lambda: Op.registry["attention"](t.ones(2, 2), t.ones(3, 2), t.ones(3, 2), t.ones(2, 3, dtype="int64")),
+            TypeError,
+            "a mask is of booleans .* got int64",
+        ),
+    ],
+    loose=5,
+)
+row("attention_gradients", Op.registry["attention_gradients"], numpy_attention_gradients, attended_back, (), loose=20)
+row(
+    "scaled_dot_product_attention",
+    lambda q, k, v: F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=True),
+    lambda q, k, v: numpy_attention(q, np.repeat(k, 2, -3), np.repeat(v, 2, -3), is_causal=True)[0],
+    lambda rng: iter([case(normal(rng, (2, 4, 2, 2)), normal(rng, (2, 2, 2, 2)), normal(rng, (2, 2, 2, 1)))]),
+    (0, 1, 2),
+    bad=[
+        bad(
+            lambda: F.scaled_dot_product_attention(t.ones(3, 2, 2), t.ones(2, 2, 2), t.ones(2, 2, 2), enable_gqa=True),
+            ValueError,
+            "3 query heads cannot share 2 heads of keys",
+        )
+    ],
+    loose=5,
+)
