@@ -265,6 +265,21 @@ MODULES = (
             "nn.functional": "scaled_dot_product_attention",
         },
     ),
+    Module(
+        number=14,
+        name="transformers",
+        title="Transformers",
+        part="Language",
+        checkpoint="Train a GPT, let it write, and load the weights of a published one",
+        exports={
+            "": "GPT GPTConfig",
+            "nn": """
+                LayerNorm RMSNorm TransformerEncoderLayer TransformerEncoder TransformerDecoderLayer TransformerDecoder
+                Transformer
+            """,
+            "nn.functional": "layer_norm rms_norm",
+        },
+    ),
 )
 
 FACES = (

@@ -27,6 +27,7 @@ CHAPTER_TESTS = {
     "11": ("tinytorch/m11_*.py", "tests/modules/test_tokenization*.py", "tests/checkpoints/test_11_*.py"),
     "12": ("tinytorch/m12_*.py", EDGES, "tests/modules/test_embeddings*.py", "tests/checkpoints/test_12_*.py"),
     "13": ("tinytorch/m13_*.py", "tests/modules/test_attention*.py", "tests/checkpoints/test_13_*.py"),
+    "14": ("tinytorch/m14_*.py", "tests/modules/test_transformers.py", "tests/checkpoints/test_14_*.py"),
     "backends": ("tests/backends", EDGES, "tests/modules/test_tensor*.py", "tests/modules/test_autograd*.py"),
 }
 VALUES = ("tests/ops/test_ops.py::test_limits", "tests/ops/test_ops.py::test_values_and_dtypes")
@@ -1086,6 +1087,47 @@ ATTENTION = [
     ),
 ]  # fmt: skip
 
+TRANSFORMERS = faults_in(
+    "tinytorch/m14_transformers.py",
+    ("tuple(range(-len(shape), 0))", "(-1,)", "a norm over several axes is over the last one"),
+    ("eps = (2.0**-52 if input.dtype", "eps = (1e-5 if input.dtype", "rms_norm's eps is not the dtype's precision"),
+    ('wide = input.to("float32") if input.dtype.itemsize < 4 else input', "wide = input",
+     "rms_norm of half precision overflows"),
+    ("shifted = elementwise_affine and bias", "shifted = elementwise_affine", "LayerNorm(bias=False) has a bias"),
+    ("mul(silu(self.gate(x)), self.up(x))", "mul(self.gate(x), silu(self.up(x)))", "the gate is the other layer"),
+    ("x = self.norm1(x + self.dropout(self.attention(x)))\n", "x = self.norm1(self.dropout(self.attention(x)))\n",
+     "the first transformer's block lacks its first sum"),
+    ("0.02 / math.sqrt(2 * self.config.num_layers) if writes", "0.02 if writes",
+     "what is written into the stream grows with the depth"),
+    ("return linear(x, self.tokens.weight) if self.head is None", "return linear(x, self.tokens.weight) if True",
+     "an output layer of its own is not used"),
+    ("return x if self.norm is None else self.norm(x)", "return x", "the last norm is left out"),
+    ("x = x + getitem(self.positions.weight", "x = x + 0 * getitem(self.positions.weight",
+     "positions have no influence"),
+    ("where(scores < topk(scores, top_k)[0][:, -1:], -math.inf, scores)",
+     "where(scores <= topk(scores, top_k)[0][:, -1:], -math.inf, scores)", "top_k keeps one less"),
+    ("cumsum(best, dim=-1) - best < top_p", "cumsum(best, dim=-1) < top_p",
+     "top_p leaves out the token that fills the share"),
+    ("    return probabilities / probabilities.sum(-1, keepdim=True)", "    return probabilities",
+     "after top_p the probabilities do not add up to 1"),
+    ("(scores - scores.amax(1, keepdim=True)) / temperature", "scores / temperature",
+     "a temperature close to 0 overflows"),
+    ("where(scores > 0, scores / penalty, scores * penalty)", "scores / penalty",
+     "the penalty makes improbable tokens more probable"),
+    ("(sums <= Tensor(numbers) * sums[:, -1:])", "(sums < Tensor(numbers) * sums[:, -1:] * 0.9)",
+     "the last tokens are drawn too seldom"),
+    ("row[-model.config.context_length :]", "row[: model.config.context_length]",
+     "of a long text the beginning is read and not the end"),
+    ("[len(row) - 1 for row in windows]", "[longest - 1 for row in windows]",
+     "a short row is continued from behind its padding"),
+    ("with no_grad(), evaluating(model):", "with no_grad():", "writing drops features"),
+    ("if row[-1] not in stops]", "if True]", "a row goes on behind its stop token"),
+    ("else backend_of(some.data).seeded(seed)", "else nullcontext()", "a seed has no influence"),
+    ('    row = list(prompt.tolist() if isinstance(prompt, Tensor) else prompt)\n',
+     '    row = prompt if isinstance(prompt, list) else list(prompt.tolist())\n',
+     "a stream writes into the caller's prompt"),
+)  # fmt: skip
+
 ROWS = faults_in(
     "backends/numpy.py",
     ("np.matmul(a.reshape(-1, a.shape[-1]), b).reshape(*a.shape[:-1], b.shape[1])",
@@ -1102,5 +1144,162 @@ ROWS = faults_in(
     tests=("tests/backends/test_rows.py",),
 )  # fmt: skip
 
+FILE = "tinytorch/m14_transformers_appendix.py"
+PRETRAINED = ("tests/modules/test_pretrained.py",)
+TRANSFORMER_LAYERS = ("tests/modules/test_transformers_appendix.py",)
+
+TRANSFORMERS_APPENDIX = [
+    *faults_in(
+        FILE,
+        (
+            "xp.from_numpy(values.T if place.transposed else values)",
+            "xp.from_numpy(values)",
+            "GPT-2's layers are read without being transposed",
+        ),
+        ("part.T if place.transposed else part", "part", "GPT-2's layers are written without being transposed"),
+        (
+            '{"self_attn.q_proj": q, "self_attn.k_proj": kv, "self_attn.v_proj": kv}',
+            '{"self_attn.k_proj": q, "self_attn.q_proj": kv, "self_attn.v_proj": kv}',
+            "queries and keys are exchanged",
+        ),
+        (
+            '"mlp.gate": ({"mlp.gate_proj": hidden}, E)',
+            '"mlp.gate": ({"mlp.up_proj": hidden}, E)',
+            "a Llama's gate is read from another layer",
+        ),
+        ("            start = stop\n", "", "all pieces are taken for a tensor's first rows"),
+        (
+            're.compile(r"transformer\\.h\\.\\d+\\.attn\\.(masked_)?bias")',
+            're.compile(r"transformer\\.h\\.\\d+\\.attn\\.bias")',
+            "the mask's value in old files is unexpected",
+        ),
+        (
+            'if "head.weight" not in places and HEAD in found:',
+            "if HEAD in found:",
+            "the head of an untied model is dropped",
+        ),
+        (
+            '        found.setdefault(next(iter(places["tokens.weight"].pieces)), head)\n',
+            "",
+            "a head in a tied embedding's place is dropped",
+        ),
+        (
+            "config = replace(config, bias=any(values_of(found[name]).any() for name in biases))",
+            "config = replace(config, bias=False)",
+            "biases that another program has trained are dropped",
+        ),
+        ('**({} if config.bias else {OWN: {"bias": False}}),', "", "a model without biases comes back with some"),
+        ('"n_inner": config.hidden_dim,', '"n_inner": None,', "the width of the small network is forgotten"),
+        ('norm_eps=entries.number("rms_norm_eps", 1e-6)', "norm_eps=1e-6", "a Llama's eps is not read"),
+        (
+            'entries.get("rope_scaling") or entries.get("rope_parameters") or {}',
+            'entries.get("rope_scaling") or {}',
+            "rotary positions as transformers 5 writes them are not seen",
+        ),
+        ('Entries({"rope_type": given.get("type"), ', "Entries({", "an old name of a scaling's kind is not known"),
+        (
+            '            inner.problems.append(f"rope_type {kind!r} lacks {name}")\n',
+            "            pass\n",
+            "a scaling may lack its numbers",
+        ),
+        (
+            'entries.choice("scale_attn_by_inverse_layer_idx", False, [False])',
+            "pass",
+            "scores that are scaled by their layer's number are taken for others",
+        ),
+        ("        elif code not in FLOATS:\n", "        elif False:\n", "integers are taken for weights"),
+        (
+            "{name if name == HEAD else prefix + name: x",
+            "{prefix + name: x",
+            "the head of a file without prefixes gets one",
+        ),
+        (
+            ".seeded(0):",
+            ".seeded(0) if False else __import__('contextlib').nullcontext():",
+            "loading uses up random numbers of the program's",
+        ),
+        ("    model.eval()\n    return model\n", "    return model\n", "a loaded model is in training mode"),
+        (
+            "        if shape != expected[name]:\n",
+            "        if len(shape) != len(expected[name]):\n",
+            "wrong lengths are not seen before the file is read",
+        ),
+        (
+            "    path = belongs[0] if belongs else folder / CONFIG\n",
+            "    path = folder / CONFIG\n",
+            "a kill between two files leaves the new weights with the old configuration",
+        ),
+        (
+            "    atomic_write(folder / NEXT, content)\n    save(stored, folder / WEIGHTS, "
+            "{CONFIG_SUM: hashlib.sha256(content).hexdigest()})\n    os.replace(folder / NEXT, folder / CONFIG)\n",
+            "    atomic_write(folder / CONFIG, content)\n    save(stored, folder / WEIGHTS, "
+            "{CONFIG_SUM: hashlib.sha256(content).hexdigest()})\n",
+            "the new configuration stands beside the old weights for a while",
+        ),
+        (
+            "any(not isinstance(name, str) or Path(name).name != name for name in files)",
+            "any(not isinstance(name, str) for name in files)",
+            "an index may lead out of its folder",
+        ),
+        (
+            "if stated is not None and stated != _checksum(header, payload):",
+            "if False:",
+            "altered numbers are not noticed",
+        ),
+        (
+            "if len({*rates.values(), *([] if others is None else [others])}) == 1:",
+            "if True:",
+            "rates of dropout that differ are taken for one",
+        ),
+        (
+            "norm_first=True)  # fmt: skip\n\n\ndef llama_refusal",
+            ")  # fmt: skip\n\n\ndef llama_refusal",
+            "a model with its norms behind the sums is written as GPT-2",
+        ),
+        tests=PRETRAINED,
+    ),
+    *faults_in(
+        FILE,
+        (
+            "return x + dropout(part(norm(x))) if self.norm_first",
+            "return x + dropout(part(norm(x))) if True",
+            "every norm stands before its part",
+        ),
+        (
+            'norm, dropout = getattr(self, f"norm{number}")',
+            'norm, dropout = getattr(self, "norm1")',
+            "all parts share the first norm",
+        ),
+        (
+            "return self.linear2(self.dropout(self.activation(self.linear1(x))))",
+            "return self.linear2(self.activation(self.linear1(x)))",
+            "no dropout between the linear layers",
+        ),
+        (
+            "attend(self.multihead_attn, x, memory, memory_mask, memory_key_padding_mask, memory_is_causal)",
+            "attend(self.multihead_attn, x, memory, memory_mask, None, memory_is_causal)",
+            "the decoder sees the encoder's padding",
+        ),
+        (
+            "ModuleList(copy.deepcopy(encoder_layer) for _ in range(num_layers))",
+            "ModuleList(encoder_layer for _ in range(num_layers))",
+            "all layers of a stack are one",
+        ),
+        (
+            "        memory = self.encoder(src, src_mask, src_key_padding_mask, src_is_causal)\n",
+            "        memory = self.encoder(src, src_mask, None, src_is_causal)\n",
+            "the encoder sees its padding",
+        ),
+        (
+            "            if parameter.ndim > 1:\n                xavier_uniform_(parameter)\n",
+            "            pass\n",
+            "the transformer's weights are left as the layers drew them",
+        ),
+        ("device=device), 1)\n", "device=device), 0)\n", "a place does not see itself"),
+        tests=TRANSFORMER_LAYERS,
+    ),
+]
+
 FAULTS = [*TENSOR, *BACKENDS, *ACTIVATIONS, *LAYERS, *LOSSES, *AUTOGRAD, *OPTIMIZERS, *TRAINING, *SPATIAL, *SEEDED,
-          *DATALOADER, *DATALOADER_APPENDIX, *TOKENIZATION, *EMBEDDINGS, *ATTENTION, *ROWS]  # fmt: skip
+          *DATALOADER, *DATALOADER_APPENDIX, *TOKENIZATION, *EMBEDDINGS, *ATTENTION, *TRANSFORMERS, *ROWS,
+          *TRANSFORMERS_APPENDIX]  # fmt: skip

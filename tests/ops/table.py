@@ -2286,3 +2286,31 @@ row(
     ],
     loose=5,
 )
+row(
+    "layer_norm",
+    lambda x, w=None, b=None: F.layer_norm(x, x.shape[1:], w, b),
+    lambda x, w=None, b=None: numpy_normalize(x, w, b, dims=tuple(range(1, x.ndim)), eps=1e-5)[0],
+    lambda rng: iter(
+        [
+            case(normal(rng, (2, 3)), normal(rng, (3,)), normal(rng, (3,))),
+            case(normal(rng, (2, 2, 3)), normal(rng, (2, 3)), normal(rng, (2, 3))),
+            case(normal(rng, (2, 4))),
+        ]
+    ),
+    (0, 1, 2),
+    bad=[
+        bad(lambda: F.layer_norm(t.ones(2, 3), (2,)), ValueError, r"last axes are \(2,\), got float32 \(2, 3\)"),
+        bad(lambda: F.layer_norm(t.ones(2, 3), ()), ValueError, "layer_norm: expected floats"),
+        bad(lambda: F.layer_norm(t.ones(2, 3), (3,), t.ones(2)), ValueError, r"shape \(3,\), got \(2,\)"),
+    ],
+    loose=10,
+)
+row(
+    "rms_norm",
+    lambda x, w=None: F.rms_norm(x, x.shape[-1:], w, eps=0.1),
+    lambda x, w=None: x / np.sqrt((x * x).mean(-1, keepdims=True) + 0.1) * (1 if w is None else w),
+    lambda rng: iter([case(normal(rng, (2, 2, 3)), normal(rng, (3,))), case(normal(rng, (4,)))]),
+    (0, 1),
+    bad=[bad(lambda: F.rms_norm(t.ones(2, 3), (4,)), ValueError, r"rms_norm: expected floats whose last axes are")],
+    loose=5,
+)
