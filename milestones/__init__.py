@@ -55,4 +55,11 @@ MILESTONES = (
         data="Digits 8x8, MNIST or CIFAR-10",
         threshold="98 %, 99.2 %, 55 % or 75 %",
     ),
+    Milestone(
+        name="tinygpt",
+        year=2017,
+        title="A transformer learns to write",
+        data="Python's help, Shakespeare or any text",
+        threshold="loss <= 1.40 or 1.88",
+    ),
 )

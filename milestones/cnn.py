@@ -18,9 +18,10 @@ from typing import Any
 from tinytorch import nn, optim
 from tinytorch.datasets import CIFAR10, MNIST, Digits
 from tinytorch.m09_spatial import Conv2d, SimpleCNN
-from tinytorch.milestones.pictures import FULL, Recipe, Settings, learn, picture_options
+from tinytorch.milestones.pictures import FULL, Recipe, learn, picture_options
 from tinytorch.milestones.program import Check, UsageError, run
 from tinytorch.milestones.report import plot_filters
+from tinytorch.milestones.runs import Settings
 from tinytorch.transforms import RandomCrop, RandomHorizontalFlip
 
 
@@ -79,7 +80,7 @@ def program(arguments: argparse.Namespace) -> tuple[list[Check], dict[str, Any]]
         raise UsageError(f"--full is for --data cifar10, not {arguments.data}")
     recipe = RECIPES[key]
     arguments.epochs = arguments.epochs or recipe.epochs
-    full = {"full": True} if arguments.full else {}
+    full: dict[str, Any] = {"full": True} if arguments.full else {}
     settings = Settings("cnn", data=arguments.data, **full, epochs=arguments.epochs, seed=arguments.seed)
     return learn(arguments, recipe, settings, describe, draw_filters)
 

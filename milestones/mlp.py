@@ -17,8 +17,9 @@ from typing import Any
 
 from tinytorch import nn, optim
 from tinytorch.datasets import MNIST, Digits
-from tinytorch.milestones.pictures import Recipe, Settings, learn, picture_options
+from tinytorch.milestones.pictures import Recipe, learn, picture_options
 from tinytorch.milestones.program import Check, run
+from tinytorch.milestones.runs import Settings
 
 
 def make_model(*widths: int, dropout: float = 0.2) -> nn.Module:

@@ -10,23 +10,19 @@ import argparse
 import copy
 import importlib
 import inspect
-import shlex
-import shutil
-import sys
-import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import tinytorch
 from tinytorch import Trainer, nn
-from tinytorch.m01_setup import atomic_write
-from tinytorch.m08_training import LAST, PREVIOUS, Callback, accuracy, read_checkpoint
+from tinytorch.m08_training import accuracy
 from tinytorch.m08_training_appendix import Checkpointing, History, ProgressBar, plot_history
 from tinytorch.milestones import MILESTONES
 from tinytorch.milestones.program import Check, Options, UsageError, whole
 from tinytorch.milestones.report import confusion_matrix, plot_confusion, plot_mistakes, print_confusion
+from tinytorch.milestones.runs import Run, Settings, Waiting, carry_out, continue_or_begin
 from tinytorch.transforms import Compose, Normalize
 from tinytorch.utils.data import DataLoader, Subset
 
@@ -93,77 +89,6 @@ def picture_options(name: str, title: str, example: str, recipes: dict[str, Reci
 FULL = " --full"  # what stands behind a data set's name where a recipe takes its time
 
 
-# -- the folder of a run -----------------------------------------------------------------------------------------------
-
-
-class Settings(Callback):
-    """Keeps what a run was begun with in its checkpoints, so that it is not continued with anything else.
-
-    Args:
-        program: the name of the milestone.
-        options: its options by name; a flag that was not given is left out.
-    """
-
-    def __init__(self, program: str, **options: Any) -> None:
-        self.values = {"program": program, **options}
-
-    def state_dict(self) -> dict[str, Any]:
-        return self.values
-
-    def check(self, state: dict[str, Any], folder: Path) -> None:
-        """UsageError unless the state of a run comes from one with these settings."""
-        begun = settings_of(state)
-        if begun != self.values:
-            options = [f"--{name}" if value is True else f"--{name} {value}" for name, value in begun.items()]
-            own = begun.get("program") == self.values["program"]
-            what = " ".join(options[1:]) if own else "another program"
-            raise UsageError(f"--resume: the run in {folder} was begun with {what}; resume it with the same, "
-                             "or begin a new run without --resume")  # fmt: skip
-
-
-def settings_of(state: dict[str, Any]) -> dict[str, Any]:
-    """What the run of a checkpoint was begun with: "program" first, and options; empty for another kind of run."""
-    return dict(state["callbacks"]).get("Settings", {})
-
-
-class Run:
-    """A run under way has a folder of its own inside of that for results, which get there when it is complete.
-
-    So results are always those of one run. A run that was interrupted is kept until another one is complete.
-    """
-
-    def __init__(self, out: Path) -> None:
-        self.out, self.folder, self.abandoned = out, out / "unfinished", out / "abandoned"
-
-    def state(self) -> dict[str, Any] | None:
-        """What was saved last; None if nothing was."""
-        try:
-            return read_checkpoint(self.folder)
-        except ValueError as error:
-            raise UsageError(str(error)) from error
-
-    def begin(self) -> None:
-        """Have an empty folder."""
-        if any((self.folder / name).exists() for name in (LAST, PREVIOUS)):
-            shutil.rmtree(self.abandoned, ignore_errors=True)
-            self.folder.rename(self.abandoned)
-            print(f"the run that was interrupted before is now in {self.abandoned}")
-        shutil.rmtree(self.folder, ignore_errors=True)
-        self.folder.mkdir(parents=True)
-
-    def publish(self) -> None:
-        """Put the results where they belong. Without a report, which is written last, they are not complete."""
-        (self.out / "report.json").unlink(missing_ok=True)
-        for file in sorted(self.folder.iterdir()):
-            if file.name != PREVIOUS and not file.name.startswith("."):  # what a killed write left
-                atomic_write(self.out / file.name, file.read_bytes())
-
-    def finish(self) -> None:
-        """Remove what could be resumed, once the report is written."""
-        for folder in (self.folder, self.abandoned):
-            shutil.rmtree(folder, ignore_errors=True)
-
-
 def recipe_of(settings: dict[str, Any]) -> Recipe:
     """The recipe that a run with these settings follows; KeyError if there is none."""
     programs = {found.name for found in MILESTONES}
@@ -174,31 +99,6 @@ def recipe_of(settings: dict[str, Any]) -> Recipe:
 
 
 # -- learning ----------------------------------------------------------------------------------------------------------
-
-
-class Waiting(Callback):
-    """Measures how long training waits for its batches.
-
-    Attributes:
-        waited, trained: seconds that the loop stood still, and seconds in all, validation left out.
-    """
-
-    def __init__(self) -> None:
-        self.waited = self.trained = 0.0
-
-    def on_epoch_start(self, trainer: Trainer) -> None:
-        self.begun = self.last = time.perf_counter()
-
-    def on_step_end(self, trainer: Trainer) -> None:
-        self.last = time.perf_counter()
-
-    def on_epoch_end(self, trainer: Trainer) -> None:
-        self.trained += self.last - self.begun
-        self.waited += trainer.batches.waited
-
-    @property
-    def share(self) -> float:
-        return self.waited / self.trained if self.trained else 0.0
 
 
 def make_batches(recipe: Recipe, root: Path | None, seed: int, workers: int) -> tuple[DataLoader, DataLoader]:
@@ -232,61 +132,25 @@ def learn(
     trainer = Trainer(model, optimizer, recipe.loss, {"accuracy": accuracy}, schedule, scheduler_interval="step",
                       callbacks=callbacks, device=tinytorch.get_default_device())  # fmt: skip
     continue_or_begin(trainer, settings, work, arguments.resume)
-    resumed = {"resumed_after_epoch": trainer.epoch} if trainer.epoch else {}  # what is timed begins there
 
     parameters = sum(p.numel() for p in model.parameters())
     print(f"{describe(model)} of {parameters:,} parameters learns {recipe.title}: {len(train.dataset):,} pictures\n"
           f"for training, {len(validation.dataset):,} for validation, {len(test):,} for the test\n"
           "each line: training/validation")  # fmt: skip
-    started = time.perf_counter()
-    try:
-        trainer.fit(train, arguments.epochs, validation)
-        seconds = time.perf_counter() - started
+
+    def look() -> float:
         test_accuracy = examine(trainer, test, recipe.title, work.folder)
         draw(model, work.folder)
-    except KeyboardInterrupt:
-        say_how_to_resume(work, arguments.argv, settings.values["program"])
-        raise
-    work.publish()
-    arguments.finish = work.finish
+        return test_accuracy
+
+    data = (train, arguments.epochs, validation)
+    test_accuracy, training = carry_out(arguments, trainer, settings, waiting, work, data, look)
     print(f"\ntraining waited {100 * waiting.share:.1f} % of its time for data")
     return [Check(f"test accuracy on {recipe.title}", test_accuracy, least=recipe.threshold)], {
         **{name: value for name, value in settings.values.items() if name not in ("program", "seed")},
         "network": describe(model),
-        "parameters": parameters,
-        "epochs": trainer.epoch,
-        "steps": trainer.step,
-        **resumed,
-        "training_seconds": round(seconds, 2),
-        "waiting_share": round(waiting.share, 4),
-        "final": trainer.history[-1],
+        **training,
     }
-
-
-def continue_or_begin(trainer: Trainer, settings: Settings, work: Run, resume: bool) -> None:
-    """Bring the trainer to where an interrupted run was, if that is wanted and there is one; else begin."""
-    state = work.state() if resume else None
-    if state is None:
-        work.begin()
-        if resume:
-            print(f"there is no interrupted run in {work.out}: this one begins anew")
-        return
-    settings.check(state, work.folder)
-    try:
-        trainer.load_state_dict(state)
-    except (KeyError, RuntimeError, TypeError, ValueError) as error:
-        raise UsageError(f"--resume: the run in {work.folder} does not fit this program: {error}") from error
-    print(f"going on after epoch {trainer.epoch}")
-
-
-def say_how_to_resume(work: Run, argv: Sequence[str], name: str) -> None:
-    state = work.state()
-    if state is None:
-        print(f"\n{name}: nothing was saved yet", file=sys.stderr)
-        return
-    options = shlex.join([*(word for word in argv if word != "--resume"), "--resume"])
-    command = f"tinytorch milestone run {name} {options}"
-    print(f"\n{name}: saved up to epoch {state['progress']['epoch']}; to go on: {command}", file=sys.stderr)
 
 
 # -- examining ---------------------------------------------------------------------------------------------------------

@@ -14,9 +14,10 @@ import tinytorch
 from tinytorch import Tensor, nn
 from tinytorch.m01_setup_appendix import BLUE, GREY, dress_axes, new_figure, save_figure
 from tinytorch.m08_training import read_checkpoint
-from tinytorch.milestones.pictures import Recipe, recipe_of, settings_of
+from tinytorch.milestones.pictures import Recipe, recipe_of
 from tinytorch.milestones.program import UsageError
 from tinytorch.milestones.report import picture_of
+from tinytorch.milestones.runs import settings_of
 from tinytorch.transforms import Normalize
 
 if TYPE_CHECKING:
@@ -49,7 +50,8 @@ def load_reader(folder: str | os.PathLike) -> Reader:
     except (OSError, ValueError) as error:
         raise UsageError(str(error)) from error
     if state is None:
-        trained = sorted(str(path.parent) for path in folder.parent.glob("*/last.safetensors"))
+        trained = sorted(str(path.parent) for path in folder.parent.glob("*/last.safetensors")
+                         if not (path.parent / "tokenizer.json").exists())  # a tinygpt's  # fmt: skip
         advice = f"there is one in {', '.join(trained)}" if trained else "train one: tinytorch milestone run cnn"
         raise UsageError(f"{folder} holds no trained network (last.safetensors); {advice}")
     try:

@@ -30,10 +30,11 @@ class Options(argparse.ArgumentParser):
 
     Args:
         epochs: how many there are without `--epochs`, in words.
+        steps: the same for a program that counts steps, and has `--steps`.
         example: options that make an instructive call.
     """
 
-    def __init__(self, name: str, title: str, epochs: str, example: str) -> None:
+    def __init__(self, name: str, title: str, example: str, epochs: str = "", steps: str = "") -> None:
         self.name = name
         super().__init__(
             prog=f"tinytorch milestone run {name}",
@@ -42,7 +43,10 @@ class Options(argparse.ArgumentParser):
             allow_abbrev=False,
         )
         add, out = self.add_argument, Path("runs", name)
-        add("--epochs", type=whole(1), metavar="N", help=f"how often to go through the data ({epochs})")
+        if steps:
+            add("--steps", type=whole(1), metavar="N", help=f"how many batches to learn from ({steps})")
+        else:
+            add("--epochs", type=whole(1), metavar="N", help=f"how often to go through the data ({epochs})")
         add("--seed", type=whole(0), default=0, metavar="N", help="where all chance begins (0)")
         add("--device", metavar="NAME", help="where to compute: cpu, cuda, cuda:1 (TINYTORCH_DEVICE or cpu)")
         add("--out", type=Path, default=out, metavar="DIR", help=f"folder for what is written ({out.as_posix()})")
@@ -68,24 +72,29 @@ def whole(least: int) -> Callable[[str], int]:
 
 @dataclass(frozen=True)
 class Check:
-    """A measured share, between 0 and 1, and where it must lie."""
+    """A measured share, between 0 and 1, and where it must lie; or with another unit than "%" what must be small."""
 
     what: str
     value: float
     least: float = 0.0
     most: float = 1.0
+    unit: str = "%"
 
     @property
     def passed(self) -> bool:
         return self.least <= self.value <= self.most
 
     def __str__(self) -> str:
-        bound, word = (self.most, "at most ") if self.most < 1 else (self.least, "at least " * (self.least < 1))
-        line = f"{self.what}: {100 * self.value:.2f} %, must be {word}{100 * bound:g} %"
+        share = self.unit == "%"
+        scale, digits, difference = (100, 2, "points ") if share else (1, 3, "")
+        bound, word = (self.most, "at most ") if not share or self.most < 1 else (self.least, "at least ")
+        word *= bound < 1 or not share
+        line = f"{self.what}: {scale * self.value:.{digits}f} {self.unit}, must be {word}{scale * bound:g}"
+        line += " %" * share
         if self.passed:
             return f"passed: {line}"
         side = "above" if self.value > self.most else "below"
-        return f"FAILED: {line}: {100 * abs(self.value - bound):.2f} points {side}"
+        return f"FAILED: {line}: {scale * abs(self.value - bound):.{digits}f} {difference}{side}"
 
 
 # -- a run -------------------------------------------------------------------------------------------------------------

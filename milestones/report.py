@@ -285,3 +285,56 @@ def _diverging() -> Any:
     from matplotlib.colors import LinearSegmentedColormap
 
     return LinearSegmentedColormap.from_list("orange-white-blue", [ORANGE, "white", BLUE])
+
+
+# -- attention ---------------------------------------------------------------------------------------------------------
+
+
+def plot_attention(
+    weights: Any, tokens: Sequence[str], path: str | os.PathLike, title: str = "Attention", note: str = ""
+) -> Path:
+    """Draw how much each token takes from which, a square for each head; returns the path written.
+
+    Args:
+        weights: (H, T, T), rows that add up to 1; an array or a tensor.
+        tokens: T texts. Blanks and line breaks are drawn as signs.
+        note: a line below.
+    """
+    from matplotlib.colors import PowerNorm
+
+    weights, labels = to_numpy(weights), [drawable(token) for token in tokens]
+    if weights.ndim != 3 or weights.shape[1:] != (len(labels),) * 2:
+        raise ValueError(f"plot_attention: expected weights (H, {len(labels)}, {len(labels)}), got {weights.shape}")
+    columns = math.ceil(math.sqrt(len(weights)))
+    rows, count = math.ceil(len(weights) / columns), len(labels)
+    side = 1.0 + 0.16 * max(count, 10)
+    figure = new_figure(side * columns + 0.8, side * rows + 0.8, title)
+    figure.supxlabel(note, fontsize=10, color=GREY)
+    narrow, scale = max(map(len, labels)) == 1, PowerNorm(0.5, vmin=0, vmax=1)  # small shares are to be seen, too
+    for head, part in enumerate(weights):
+        axes = figure.add_subplot(rows, columns, head + 1)
+        image = axes.imshow(np.ma.masked_equal(part, 0), cmap="Blues", norm=scale, interpolation="nearest")
+        axes.set_title(f"head {head + 1}", fontsize=10)
+        axes.set_xticks(range(count), labels, fontsize=8, family="monospace", rotation=0 if narrow else 90)
+        axes.set_yticks(range(count), labels, fontsize=8, family="monospace")
+        axes.tick_params(length=0, labeltop=True, labelbottom=False)
+        axes.spines[:].set_color("#C8C8C8")
+    bar = figure.colorbar(image, ax=figure.axes, shrink=0.5, aspect=30, ticks=[0, 0.05, 0.2, 0.5, 1])
+    bar.set_label("share", fontsize=10)
+    return save_figure(figure, path)
+
+
+def drawable(text: str) -> str:
+    """A text as a figure can show it: signs for blanks, and numbers for characters that its font lacks."""
+    from matplotlib.font_manager import findfont, get_font
+
+    font = get_font(findfont("monospace"))
+    signs = {" ": "␣", "\n": "↵", "\t": "⇥", "$": r"\$"}  # $ would begin a formula
+
+    def sign(character: str) -> str:
+        if character in signs:
+            return signs[character]
+        known = character.isprintable() and font.get_char_index(ord(character))
+        return character if known else character.encode("unicode_escape").decode().replace("\\", "")
+
+    return "".join(map(sign, text))

@@ -1,4 +1,4 @@
-"""The command `tinytorch`: `doctor`, `modules`, `test`, `milestone`, `show` and `predict`.
+"""The command `tinytorch`: `doctor`, `modules`, `test`, `milestone`, `show`, `predict` and `generate`.
 
 Whatever takes time to import is imported inside the command that needs it.
 """
@@ -203,12 +203,32 @@ def predict(
         print(f"figure: {figure}")
 
 
-def _or_fail(function: Any, *arguments: Any) -> Any:
+@app.command(epilog='Example: tinytorch generate runs/tinygpt --prompt "The statement" --temperature 0.8')
+def generate(
+    run: Annotated[Path, typer.Argument(metavar="RUN", help="A trained model: runs/tinygpt, or GPT-2's or a Llama's.")],
+    prompt: Annotated[str, typer.Option(help="What the text begins with; - reads standard input.")] = "",
+    tokens: Annotated[int, typer.Option(min=1, help="How many tokens to write.")] = 300,
+    temperature: Annotated[float, typer.Option(min=0, help="Boldness; 0 always takes the likeliest.")] = 0.8,
+    top_k: Annotated[int | None, typer.Option(min=1, help="Choose among so many of the likeliest only.")] = None,
+    top_p: Annotated[float | None, typer.Option(help="Among the fewest with this share of probability.")] = None,
+    repetition_penalty: Annotated[float, typer.Option(help="Above 1 makes what was said before less likely.")] = 1.0,
+    seed: Annotated[int | None, typer.Option(min=0, help="The same one writes the same text (random).")] = None,
+    device: Annotated[str | None, typer.Option(help="Where to compute: cpu, cuda, cuda:1.")] = None,
+    as_json: JsonOption = False,
+) -> None:
+    """Have a language model write, and print it as it is made."""
+    from tinytorch.milestones.generate import generate
+
+    choices = {"temperature": temperature, "top_k": top_k, "top_p": top_p, "repetition_penalty": repetition_penalty}
+    _or_fail(generate, run, prompt, tokens, seed, as_json, device, **choices)
+
+
+def _or_fail(function: Any, *arguments: Any, **options: Any) -> Any:
     """What a function returns; the command ends with one line and status 2 where it cannot do what it was asked."""
     from tinytorch.milestones.program import UsageError
 
     try:
-        return function(*arguments)
+        return function(*arguments, **options)
     except (UsageError, OSError) as error:
         fail(str(error))
 

@@ -260,14 +260,16 @@ def read_history(path: str | os.PathLike) -> list[dict[str, Any]]:
 
 
 def plot_history(
-    history: Sequence[Mapping[str, Any]] | str | os.PathLike, path: str | os.PathLike, title: str = "Training"
-) -> Path:
+    history: Sequence[Mapping[str, Any]] | str | os.PathLike, path: str | os.PathLike, title: str = "Training",
+    unit: str = "epoch",
+) -> Path:  # fmt: skip
     """Draw each column over the epochs, training and validation in one panel; returns the path of the picture.
 
     Accuracies are shown in per cent, the learning rate if it changed. What is missing or not finite leaves a gap.
 
     Args:
         history: rows, as `fit` returns them, or the file that `History` wrote.
+        unit: what "epoch" in the rows counts.
     """
     from matplotlib.ticker import MaxNLocator
 
@@ -285,7 +287,7 @@ def plot_history(
             if not all(map(math.isnan, values)):
                 marker = "o" if len(rows) <= 30 else None
                 axes.plot(epochs, values, style, color=colour, label=kind, marker=marker, markersize=3.5, linewidth=1.8)
-        dress_axes(axes, "epoch", label)
+        dress_axes(axes, unit, label)
         axes.xaxis.set_major_locator(MaxNLocator(integer=True, min_n_ticks=1))
         if len(axes.lines) > 1:
             axes.legend(frameon=False)
@@ -354,6 +356,10 @@ class ProgressBar(Callback):
 
             self.console = Console(highlight=False, soft_wrap=True)
 
+    def label(self, trainer: Trainer, epoch: int) -> str:
+        """What stands before an epoch's figures."""
+        return f"epoch {epoch}/{trainer.epochs}"
+
     def on_epoch_start(self, trainer: Trainer) -> None:
         self.started, self.items_before, self.items = time.perf_counter(), trainer.totals.count, trainer.totals.count
         if self.console is not None and self.console.is_terminal:
@@ -367,9 +373,8 @@ class ProgressBar(Callback):
                    TextColumn("{task.fields[text]}"), TimeRemainingColumn(compact=True))  # fmt: skip
         self.bar = Progress(*columns, console=self.console, auto_refresh=False, transient=True)
         batches = len(trainer.batches) if hasattr(trainer.batches, "__len__") else None
-        self.bar.add_task(
-            f"epoch {trainer.epoch + 1}/{trainer.epochs}", total=batches, completed=trainer.batch, text=""
-        )
+        label = self.label(trainer, trainer.epoch + 1)
+        self.bar.add_task(label, total=batches, completed=trainer.batch, text="")
         self.bar.start()
 
     def on_step_end(self, trainer: Trainer) -> None:
@@ -385,7 +390,7 @@ class ProgressBar(Callback):
     def on_epoch_end(self, trainer: Trainer) -> None:
         rate, taken, row = self._rate(), time.perf_counter() - self.started, dict(trainer.history[-1])
         self._close()
-        text = f"epoch {row['epoch']}/{trainer.epochs}  {_summary(row)}  {rate:,.0f}/s  {taken:.1f} s"
+        text = f"{self.label(trainer, trainer.epoch)}  {_summary(row)}  {rate:,.0f}/s  {taken:.1f} s"
         if self.console is not None:
             self.console.print(text, markup=False)
 

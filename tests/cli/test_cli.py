@@ -32,7 +32,7 @@ def start(root: Path, *arguments: str, **environment: str) -> subprocess.Complet
 @pytest.mark.parametrize(
     "command",
     [[], ["doctor"], ["modules"], ["test"], ["milestone"], ["milestone", "list"], ["milestone", "run"], ["show"],
-     ["show", "data"], ["predict"]],
+     ["show", "data"], ["predict"], ["generate"]],
     ids=lambda words: " ".join(words) or "tinytorch",
 )  # fmt: skip
 def test_help_has_an_example(command: list[str], capsys: pytest.CaptureFixture[str]) -> None:
@@ -59,6 +59,10 @@ def test_help_has_an_example(command: list[str], capsys: pytest.CaptureFixture[s
         (["predict", "runs"], "PICTURE"),
         (["predict", "nowhere/at all", "a.png"], "nowhere/at all holds no trained network"),
         (["predict", "runs", "a.png", "--top", "0"], "--top"),
+        (["generate"], "RUN"),
+        (["generate", "nowhere/at all"], "nowhere/at all holds no language model"),
+        (["generate", "runs", "--tokens", "0"], "--tokens"),
+        (["generate", "runs", "--temperature", "-1"], "--temperature"),
     ],
     ids=lambda value: "-".join(value) if isinstance(value, list) else "",
 )

@@ -21,10 +21,11 @@ from tinytorch.datasets import CIFAR10, MNIST, Digits
 from tinytorch.m01_setup import atomic_write
 from tinytorch.m08_training import LAST, PREVIOUS, write_checkpoint
 from tinytorch.m08_training_appendix import model_state, read_history
-from tinytorch.milestones import cnn, mlp, perceptron, pictures, xor
+from tinytorch.milestones import cnn, mlp, perceptron, pictures, runs, tinygpt, xor
 from tinytorch.milestones.program import Check
 
 PROGRAMS = {"perceptron": perceptron, "xor": xor, "mlp": mlp, "cnn": cnn}
+ALL = PROGRAMS | {"tinygpt": tinygpt}
 READERS = ["mlp", "cnn"]  # those that read pictures
 SHARED = {"report.json", "history.jsonl", "curves.png", "confusion.png", "mistakes.png", "last.safetensors",
           "best.safetensors"}  # fmt: skip
@@ -241,7 +242,7 @@ def test_a_new_run_replaces_results_only_when_it_is_complete(tmp_path: Path, mon
 
 
 def test_a_run_that_was_interrupted_is_put_aside_in_the_place_of_the_one_before(tmp_path: Path) -> None:
-    work = pictures.Run(tmp_path)
+    work = runs.Run(tmp_path)
     for kept in (PREVIOUS, LAST):  # a run may be interrupted while the last is renamed
         work.folder.mkdir(exist_ok=True)
         (work.folder / kept).write_text(kept)
@@ -281,8 +282,8 @@ def test_a_run_whose_report_cannot_be_written_is_resumed(
 
 def test_waiting_is_that_of_all_epochs(monkeypatch: pytest.MonkeyPatch) -> None:
     clock = iter([0.0, 3.0, 4.0, 10.0, 12.0])
-    monkeypatch.setattr(pictures, "time", SimpleNamespace(perf_counter=clock.__next__))
-    waiting = pictures.Waiting()
+    monkeypatch.setattr(runs, "time", SimpleNamespace(perf_counter=clock.__next__))
+    waiting = runs.Waiting()
     assert waiting.share == 0
     for steps, waited in ((2, 0.5), (1, 1.0)):
         trainer: Any = SimpleNamespace(batches=SimpleNamespace(waited=waited))
@@ -387,11 +388,11 @@ def test_recipes_fit_their_pictures() -> None:
 # -- options, errors and reports ---------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("name", PROGRAMS)
+@pytest.mark.parametrize("name", ALL)
 def test_help_has_an_example_and_fits(name: str, capsys: pytest.CaptureFixture[str], monkeypatch: Any) -> None:
     monkeypatch.setenv("COLUMNS", "80")
     with pytest.raises(SystemExit) as ended:
-        PROGRAMS[name].main(["--help"])
+        ALL[name].main(["--help"])
     text = capsys.readouterr().out
     assert ended.value.code == 0
     assert f"Example: tinytorch milestone run {name} --" in text
@@ -423,12 +424,12 @@ def test_wrong_arguments_end_with_one_line(
     assert captured.err.count("\n") == 1
 
 
-@pytest.mark.parametrize("name", PROGRAMS)
+@pytest.mark.parametrize("name", ALL)
 def test_a_folder_that_cannot_be_written_ends_it_before_any_work(
     name: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     (tmp_path / "file").touch()
-    assert PROGRAMS[name].main(["--out", str(tmp_path / "file" / "run")]) == 2
+    assert ALL[name].main(["--out", str(tmp_path / "file" / "run")]) == 2
     captured = capsys.readouterr()
     assert captured.out == ""
     assert captured.err.startswith(f"{name}: --out {tmp_path / 'file' / 'run'}: cannot write there")
@@ -487,3 +488,7 @@ def test_check_says_by_how_much() -> None:
     assert str(Check("a", 0.80, most=0.75)) == "FAILED: a: 80.00 %, must be at most 75 %: 5.00 points above"
     assert str(Check("a", 1.0, least=1.0)) == "passed: a: 100.00 %, must be 100 %"
     assert not Check("a", float("nan"), least=0.5).passed
+    assert str(Check("a", 1.85, most=1.88, unit="nats")) == "passed: a: 1.850 nats, must be at most 1.88"
+    assert str(Check("a", 1.9, most=1.88, unit="nats")) == "FAILED: a: 1.900 nats, must be at most 1.88: 0.020 above"
+    assert str(Check("a", 0.9, most=0.5, unit="nats")) == "FAILED: a: 0.900 nats, must be at most 0.5: 0.400 above"
+    assert not Check("a", float("nan"), most=2.0, unit="nats").passed

@@ -17,6 +17,8 @@ from tinytorch.m02_tensor import tensor
 from tinytorch.milestones import report
 from tinytorch.milestones.report import (
     confusion_matrix,
+    drawable,
+    plot_attention,
     plot_confusion,
     plot_decision,
     plot_filters,
@@ -290,6 +292,48 @@ def test_filters_of_colours_are_colours_around_grey(drawn: list, tmp_path: Path)
 def test_what_has_no_colours_is_no_filter(shape: tuple, tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=r"expected weights \(O, 1, KH, KW\) or \(O, 3, KH, KW\)"):
         plot_filters(np.ones(shape), tmp_path / "filters.png")
+    assert list(tmp_path.iterdir()) == []
+
+
+# -- attention ---------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "tokens", ["↵a ␣bcd é", ["the", " cat", "\n", "日本", "$x$", "\x00\\"]], ids=["characters", "tokens"]
+)
+def test_attention_shows_each_heads_weights(tokens: str | list[str], drawn: list, tmp_path: Path) -> None:
+    count = len(tokens)
+    weights = np.tril(np.random.default_rng(13).random((5, count, count)))
+    weights /= weights.sum(-1, keepdims=True)
+    assert is_picture(plot_attention(tensor(weights), list(tokens), tmp_path / "attention.png", "Title", "note"))
+    (figure,) = drawn
+    *heads, bar = figure.axes
+    assert [axes.get_title() for axes in heads] == [f"head {i}" for i in range(1, 6)]
+    for axes, part in zip(heads, weights, strict=True):
+        (image,) = axes.images
+        shown = np.ma.asarray(image.get_array())
+        assert np.allclose(shown.filled(0), part)
+        assert np.array_equal(shown.mask, part == 0)
+        for axis in (axes.xaxis, axes.yaxis):
+            assert [label.get_text() for label in axis.get_ticklabels()] == list(map(drawable, tokens))
+        turned = {label.get_rotation() for label in axes.get_xticklabels()}
+        assert turned == ({0} if isinstance(tokens, str) else {90})  # long ones would run into each other
+        darkness = 3 - image.to_rgba(np.array([0.1, 0.5, 1.0]))[:, :3].sum(-1)
+        assert (np.diff(darkness) > 0.2).all()
+    assert bar.get_ylabel() == "share"
+    assert_nothing_overlaps(figure)
+
+
+def test_what_a_font_lacks_is_drawn_as_a_number() -> None:
+    assert drawable("a b\n\t") == "a␣b↵⇥"
+    assert drawable("é日\x07") == "éu65e5x07"
+    assert drawable("$") == r"\$"
+
+
+@pytest.mark.parametrize("shape", [(2, 3, 4), (2, 4, 4), (3, 3)])
+def test_weights_are_of_these_tokens(shape: tuple, tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match=r"plot_attention: expected weights \(H, 3, 3\)"):
+        plot_attention(np.ones(shape), ["a", "b", "c"], tmp_path / "attention.png")
     assert list(tmp_path.iterdir()) == []
 
 
