@@ -76,7 +76,7 @@ def tests_torch(session: nox.Session) -> None:
 
 @nox.session(name="tests-reference")
 def tests_reference(session: nox.Session) -> None:
-    """Our values against PyTorch's."""
+    """Our values and files against PyTorch's, and those of tokenizers, tiktoken and transformers."""
     install(session, "test", "reference")
     pytest(session, "tests/reference", devices="cpu")
 

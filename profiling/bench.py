@@ -1,4 +1,4 @@
-"""Speed beside PyTorch: `python -m tinytorch.profiling.bench`, or `nox -s bench`, which installs PyTorch too.
+"""Speed beside PyTorch, and beside `tokenizers`: `python -m tinytorch.profiling.bench`, or `nox -s bench`.
 
 Each case is one small program that runs on either library, because the names are the same. Every measurement is made in
 a process of its own, ours and PyTorch's in turn, so that a machine that slows down slows both. A round's figure is a
@@ -23,6 +23,7 @@ from typing import Any
 
 # OpenBLAS reads these when it is loaded, and either can halve its speed; few users have them set.
 SLOWING = ("OPENBLAS_CORETYPE", "OPENBLAS_L2_SIZE")
+ONE_CORE = {"RAYON_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false"}  # `tokenizers` would take all, and ours one
 CLEAR_REFS = "/proc/self/clear_refs"  # Linux: a 5 written to it has the peak of the memory start anew
 
 
@@ -30,6 +31,7 @@ CLEAR_REFS = "/proc/self/clear_refs"  # Linux: a 5 written to it has the peak of
 class Case:
     """Something to time on both libraries. `build(library)` returns the call that is timed.
 
+    reference: the other library.
     calls: how many of what it names the call makes.
     seconds, ratio: what our figure must not exceed: seconds, or a multiple of PyTorch's figure.
     memory: whether the figure is not the time of the call but the bytes that it takes at its peak.
@@ -41,6 +43,7 @@ class Case:
     seconds: float | None = None
     ratio: float | None = None
     memory: bool = False
+    reference: str = "torch"
 
 
 def small_op(requires_grad: bool) -> Callable[[Any], Callable[[], Any]]:
@@ -154,6 +157,88 @@ def cnn_step(batch: int) -> Callable[[Any], Callable[[], Any]]:
     return build
 
 
+def gpt_step(layers: int, heads: int, width: int, length: int, batch: int) -> Callable[[Any], Callable[[], Any]]:
+    """A training step of a GPT-2 of 65 tokens, with AdamW: the one of nanoGPT, by PyTorch's names."""
+
+    def build(library: Any) -> Callable[[], Any]:
+        nn, optim = parts_of(library)
+        F = importlib.import_module(f"{library.__name__}.nn.functional")
+        library.manual_seed(0)
+
+        class Block(nn.Module):  # type: ignore[name-defined]
+            def __init__(self) -> None:
+                super().__init__()
+                self.norm1, self.norm2 = nn.LayerNorm(width), nn.LayerNorm(width)
+                self.qkv, self.out = nn.Linear(width, 3 * width), nn.Linear(width, width)
+                self.up, self.down = nn.Linear(width, 4 * width), nn.Linear(4 * width, width)
+
+            def forward(self, x: Any) -> Any:
+                query, key, value = (
+                    part.reshape(batch, length, heads, width // heads).transpose(1, 2)
+                    for part in self.qkv(self.norm1(x)).split(width, dim=2)
+                )
+                out = F.scaled_dot_product_attention(query, key, value, is_causal=True)
+                x = x + self.out(out.transpose(1, 2).reshape(batch, length, width))
+                return x + self.down(F.gelu(self.up(self.norm2(x))))
+
+        class GPT(nn.Module):  # type: ignore[name-defined]
+            def __init__(self) -> None:
+                super().__init__()
+                self.tokens, self.positions = nn.Embedding(65, width), nn.Embedding(length, width)
+                self.blocks, self.norm = nn.Sequential(*(Block() for _ in range(layers))), nn.LayerNorm(width)
+
+            def forward(self, ids: Any) -> Any:
+                x = self.tokens(ids) + self.positions(library.arange(length))
+                return F.linear(self.norm(self.blocks(x)), self.tokens.weight)
+
+        model = GPT()
+        update = optim.AdamW(model.parameters(), lr=1e-3)
+        ids, targets = (library.randint(0, 65, (batch, length)) for _ in range(2))
+
+        def step() -> None:
+            update.zero_grad()
+            F.cross_entropy(model(ids).reshape(-1, 65), targets.reshape(-1)).backward()
+            update.step()
+
+        return step
+
+    return build
+
+
+def megabyte() -> str:
+    """The help that comes with Python, again and again, to 1 MB."""
+    from pydoc_data.topics import topics
+
+    text = "\n".join(topics.values())
+    return (text * (1 + 1_000_000 // len(text)))[:1_000_000]
+
+
+def bpe_training(library: Any) -> Callable[[], Any]:
+    """Learn 4,096 tokens from 1 MB."""
+    text = megabyte()
+    if library.__name__ == "tinytorch":
+        return lambda: library.BPETokenizer.train(text, 4096)
+    level = library.pre_tokenizers.ByteLevel(add_prefix_space=False)
+
+    def train() -> Any:
+        tokenizer = library.Tokenizer(library.models.BPE())
+        tokenizer.pre_tokenizer = level
+        trainer = library.trainers.BpeTrainer(vocab_size=4096, initial_alphabet=level.alphabet(), show_progress=False)
+        tokenizer.train_from_iterator([text], trainer)
+        return tokenizer
+
+    return train
+
+
+def bpe_encoding(library: Any) -> Callable[[], Any]:
+    """Make 1 MB into tokens, by a tokenizer that has not seen anything yet."""
+    text, trained = megabyte(), bpe_training(library)()
+    if library.__name__ == "tinytorch":
+        return lambda: library.BPETokenizer(trained.merges).encode(text)
+    content = trained.to_str()
+    return lambda: library.Tokenizer.from_str(content).encode(text)
+
+
 CASES = (
     Case("x + x, 4 elements", small_op(requires_grad=False), calls=100, seconds=1.5e-6),
     Case("x + x, recorded", small_op(requires_grad=True), calls=100),
@@ -166,13 +251,17 @@ CASES = (
     Case("average pool 2, 64x32x32x32, both ways", layer_and_back(lambda nn: nn.AvgPool2d(2), 64, 32, 32, 32)),
     Case("SimpleCNN step, batch 64", cnn_step(64)),
     Case("SimpleCNN step, batch 256, peak memory", cnn_step(256), ratio=1.5, memory=True),
+    Case("GPT step, 4 layers, 128 wide, T 64, batch 12", gpt_step(4, 4, 128, 64, 12), ratio=1.2),
+    Case("GPT step, 6 layers, 256 wide, T 128, batch 8", gpt_step(6, 8, 256, 128, 8), ratio=1.2),
+    Case("BPE training, 1 MB to 4,096 tokens", bpe_training, seconds=10.0, reference="tokenizers"),
+    Case("BPE encoding, 1 MB", bpe_encoding, seconds=1.0, reference="tokenizers"),
     Case("import", lambda library: lambda: None, seconds=0.1),  # measured by IMPORT_PROGRAM
 )
 IMPORT_PROGRAM = "import time; start = time.perf_counter(); import {}; print(time.perf_counter() - start)"
 
 
 def time_of(call: Callable[[], Any], budget: float = 1.0) -> float:
-    """Median seconds of a call: samples of about 2 ms each, for `budget` seconds and at least seven."""
+    """Median seconds of a call: samples of about 2 ms, for `budget` seconds, and seven unless they take too long."""
     one = statistics.median(samples(call, 1, budget / 3))  # a warm-up: the first calls load code and start threads
     return statistics.median(samples(call, max(1, int(0.002 / one)), budget))
 
@@ -180,7 +269,7 @@ def time_of(call: Callable[[], Any], budget: float = 1.0) -> float:
 def samples(call: Callable[[], Any], calls: int, budget: float) -> list[float]:
     """Seconds of a call, each a mean over `calls` of them."""
     start, found = time.perf_counter(), list[float]()
-    while time.perf_counter() - start < budget or len(found) < 7:
+    while (passed := time.perf_counter() - start) < budget or (len(found) < 7 and passed < 5 * budget):
         before = time.perf_counter()
         for _ in range(calls):
             call()
@@ -206,7 +295,7 @@ def kilobytes(field: str) -> int:
 
 def measure(library: str, case: str) -> float:
     """The figure of a case on a library, seconds or bytes, measured in a new process."""
-    environment = {name: value for name, value in os.environ.items() if name not in SLOWING}
+    environment = {name: value for name, value in os.environ.items() if name not in SLOWING} | ONE_CORE
     command = [sys.executable, "-m", "tinytorch.profiling.bench", "--measure", library, case]
     if case == "import":
         command = [sys.executable, "-c", IMPORT_PROGRAM.format(library)]
@@ -236,7 +325,7 @@ def compare(case: Case, rounds: int, reference: str | None) -> dict[str, Any]:
     elif case.ratio is not None and ratio is not None:
         within = ratio <= case.ratio
     unit = "bytes" if case.memory else "seconds"
-    return {"case": case.name, unit: ours, f"reference_{unit}": theirs, "ratio": ratio,
+    return {"case": case.name, "reference": reference, unit: ours, f"reference_{unit}": theirs, "ratio": ratio,
             "limit_seconds": case.seconds, "limit_ratio": case.ratio, "within": within}  # fmt: skip
 
 
@@ -280,35 +369,39 @@ def main(argv: list[str] | None = None) -> int:
     chosen = [case for case in measurable if options.only.lower() in case.name.lower()]
     if not chosen:
         parser.error(f"--only: no case has {options.only!r} in its name; they are {[case.name for case in CASES]}")
-    reference = "torch" if importlib.util.find_spec("torch") else None
-    rows = with_progress(chosen, options.rounds, reference, quiet=options.json)
-    report(rows, reference, as_json=options.json)
+    rows = with_progress(chosen, options.rounds, quiet=options.json)
+    report(rows, as_json=options.json)
     return 0 if all(row["within"] in (True, None) for row in rows) else 1
 
 
-def with_progress(cases: list[Case], rounds: int, reference: str | None, quiet: bool) -> list[dict[str, Any]]:
+def with_progress(cases: list[Case], rounds: int, quiet: bool) -> list[dict[str, Any]]:
     from rich.console import Console
     from rich.progress import track
 
     console = Console(stderr=True, quiet=quiet)
-    return [compare(case, rounds, reference) for case in track(cases, "measuring", console=console)]
+    here = {case.reference for case in cases if importlib.util.find_spec(case.reference)}
+    return [
+        compare(case, rounds, case.reference if case.reference in here else None)
+        for case in track(cases, "measuring", console=console)
+    ]
 
 
-def report(rows: list[dict[str, Any]], reference: str | None, as_json: bool) -> None:
+def report(rows: list[dict[str, Any]], as_json: bool) -> None:
     if as_json:
-        print(json.dumps({"cases": rows, "cpus": os.cpu_count(), "reference": reference}, indent=2))
+        print(json.dumps({"cases": rows, "cpus": os.cpu_count()}, indent=2))
         return
     from rich.console import Console
     from rich.table import Table
 
-    table = Table("case", "TinyTorch", "PyTorch", "ratio", "limit", "")
+    table = Table("case", "TinyTorch", "other", "ratio", "limit", "")
     for row in rows:
         ratio = "–" if row["ratio"] is None else f"{row['ratio']:.2f}"
         verdict = {True: "ok", False: "too slow", None: ""}[row["within"]]
         table.add_row(row["case"], show_figure(row), show_figure(row, "reference_"), ratio, show_limit(row), verdict)
     Console().print(table)
-    if reference is None:
-        print("PyTorch is not installed here, so there is nothing to compare with: nox -s bench installs it.")
+    print("The other library is PyTorch; beside BPE it is tokenizers, both on one core.")
+    if any(row["ratio"] is None for row in rows):
+        print("Where there is no ratio, it is not installed here: nox -s bench installs both.")
 
 
 if __name__ == "__main__":

@@ -27,7 +27,7 @@ def test_every_case_is_measured() -> None:
     done = run("--rounds", "1", "--json")
     rows = json.loads(done.stdout)["cases"]
     assert [row["case"] for row in rows] == [case.name for case in bench.CASES]
-    assert all(0 < row.get("seconds", 0.5) < 1 for row in rows)
+    assert all(0 < row.get("seconds", 0.5) < 10 for row in rows)
 
 
 def test_the_environment_that_slows_openblas_is_left_out(monkeypatch: pytest.MonkeyPatch) -> None:
