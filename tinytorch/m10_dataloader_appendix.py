@@ -1299,7 +1299,7 @@ class RemoteWorker:
 
     def __init__(self, context: Any, number: int, message: bytes, worker: Worker | None) -> None:
         self.number, self.message = number, message
-        self.owner = os.getpid()
+        self.owner, self.asking = os.getpid(), threading.Lock()
         self.channel, theirs = context.Pipe()
         options = (theirs, number, str(get_default_device()), str(get_default_dtype()), worker)
         self.process = context.Process(target=serve, args=options, name=f"DataLoader-{number}", daemon=True)
@@ -1314,8 +1314,9 @@ class RemoteWorker:
 
     def _ask(self, message: bytes) -> Any:
         try:
-            self.channel.send_bytes(message)
-            reply = self.channel.recv_bytes()
+            with self.asking:
+                self.channel.send_bytes(message)
+                reply = self.channel.recv_bytes()
         except (EOFError, OSError):
             raise RuntimeError(f"DataLoader: {self._name()} {self._fate()}") from None
         kind, content = pickle.loads(reply)
@@ -1347,6 +1348,9 @@ class RemoteWorker:
         if self.process.is_alive():
             self.process.kill()
             self.process.join()
+        # Left to the garbage collector, it would be closed where Python drops a Ctrl-C that comes at that moment.
+        if self.asking.acquire(timeout=1):  # its thread, which may be reading from the channel, sees the end first
+            self.channel.close()
 
 
 def start_processes(context: Any, workers: list[Worker]) -> list[RemoteWorker]:

@@ -365,10 +365,13 @@ def test_interrupts_are_held_while_workers_start() -> None:
 def test_ctrl_c_while_workers_start(context: str, tmp_path: Path) -> None:
     then = f"[list(DataLoader(range(4), num_workers=2, multiprocessing_context={context!r})) for _ in range(1000)]"
     for pause in (0.05, 0.15, 0.3):
-        program = Program(tmp_path, context, then)
-        time.sleep(pause)
-        os.killpg(program.process.pid, signal.SIGINT)
-        errors = program.end()
+        for _ in range(3):
+            program = Program(tmp_path, context, then)
+            time.sleep(pause)
+            os.killpg(program.process.pid, signal.SIGINT)
+            errors = program.end(timeout=60)
+            if "Exception ignored in" not in errors:  # Python drops an interrupt that comes while it collects garbage
+                break
         assert errors.count("Traceback (most recent call last)") >= 1
         assert "Process " not in errors
         assert errors.rstrip().endswith("KeyboardInterrupt")
