@@ -140,6 +140,9 @@ class Plan:
     def __init__(self, rules: Rules, tracked: list[int]) -> None:
         self.op, self.keep, self.steps = rules.op, list[tuple[str, Any]](), list[tuple]()
         self.parent_of_input = {i: k for k, i in enumerate(tracked)}
+        if rules.together:
+            self.steps = [(list(enumerate(tracked)), rules.together, self._places(rules.together, tuple(tracked)))]
+            return
         last = len(self.op.inputs) - 1
         for k, i in enumerate(tracked):
             name = self.op.inputs[min(i, last)]
@@ -149,8 +152,6 @@ class Plan:
             rule = rules.rules[name]
             if rule is not None:
                 self.steps.append((k, rule, self._places(rule, i)))
-        if rules.together:
-            self.steps = [(list(enumerate(tracked)), rules.together, self._places(rules.together, tuple(tracked)))]
 
     def _places(self, rule: Callable, position: Any) -> tuple[int, ...]:
         return tuple(self._place(name, position) for name in list(inspect.signature(rule).parameters)[1:])
