@@ -20,6 +20,8 @@ with suppress(ImportError):  # `tinytorch test` runs a checkpoint with pytest al
     hypothesis.settings.register_profile("tinytorch", deadline=None, print_blob=True)
     hypothesis.settings.load_profile("tinytorch")
 
+pytest.register_assert_rewrite("tests.reference.near")
+
 DEVICES = [name.strip() for name in os.environ.get("TINYTORCH_TEST_DEVICES", "cpu").split(",") if name.strip()]
 ROOT = Path(__file__).resolve().parent.parent
 

@@ -8,36 +8,19 @@ from typing import Any
 
 import numpy as np
 import pytest
-from hypothesis import HealthCheck, given, settings
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import tinytorch as t
 import tinytorch.m13_attention as m13
+from tests.reference.near import DEVICES, assert_near, drawn, dtypes, flags, many, seeds, some
 from tinytorch.m13_attention_appendix import MultiheadAttention
 
 torch = pytest.importorskip("torch")
 TF = torch.nn.functional
 
-DEVICES = ("cpu", "array_api_strict", "torch")
 TOLERANCE = {"float32": 2e-5, "float64": 1e-12}
-many = settings(max_examples=60, suppress_health_check=[HealthCheck.filter_too_much, HealthCheck.too_slow])
-some = settings(max_examples=25, suppress_health_check=[HealthCheck.filter_too_much, HealthCheck.too_slow])
-dtypes = st.sampled_from(["float32", "float64"])
-seeds = st.integers(0, 2**32 - 1)
-flags = st.booleans()
 lengths = st.integers(1, 6)
-
-
-def drawn(seed: int, *shape: int, dtype: str = "float64") -> np.ndarray:
-    return np.random.default_rng(seed).normal(size=shape).astype(dtype)
-
-
-def assert_near(ours: Any, theirs: Any, tolerance: float, what: str = "") -> None:
-    """Within a tolerance of the largest value."""
-    a, b = ours.detach().numpy(), theirs.detach().numpy()
-    assert (a.shape, a.dtype) == (b.shape, b.dtype), what
-    if b.size:
-        np.testing.assert_allclose(a, b, rtol=tolerance, atol=tolerance * (1 + np.abs(b).max()), err_msg=what)
 
 
 def is_float(x: Any) -> bool:

@@ -9,22 +9,18 @@ from typing import Any
 
 import numpy as np
 import pytest
-from hypothesis import HealthCheck, assume, given, settings
+from hypothesis import assume, given
 from hypothesis import strategies as st
 
 import tinytorch as t
 import tinytorch.nn.functional as F
+from tests.reference.near import DEVICES, as_numpy, assert_near, dtypes, many, seeds, some
 from tinytorch import nn
 
 torch = pytest.importorskip("torch")
 TF = torch.nn.functional
 
-DEVICES = ("cpu", "array_api_strict", "torch")
 TOLERANCE = {"float32": 1e-5, "float64": 1e-12}
-many = settings(max_examples=60, suppress_health_check=[HealthCheck.filter_too_much, HealthCheck.too_slow])
-some = settings(max_examples=25, suppress_health_check=[HealthCheck.filter_too_much, HealthCheck.too_slow])
-dtypes = st.sampled_from(["float32", "float64"])
-seeds = st.integers(0, 2**32 - 1)
 layouts = st.sampled_from(["plain", "transposed", "flipped", "strided", "expanded"])
 
 
@@ -44,18 +40,6 @@ def drawn(seed: int, *shape: int, dtype: str = "float64", layout: str = "plain",
     if layout == "expanded":
         return np.broadcast_to(values((*shape[:-2], 1, shape[-1])), shape)
     return values(shape)
-
-
-def as_numpy(x: Any) -> np.ndarray:
-    return x.detach().numpy()
-
-
-def assert_near(ours: Any, theirs: Any, tolerance: float, what: str = "") -> None:
-    """Within a tolerance of the largest value."""
-    a, b = as_numpy(ours), as_numpy(theirs)
-    assert (a.shape, a.dtype) == (b.shape, b.dtype), what
-    if b.size:
-        np.testing.assert_allclose(a, b, rtol=tolerance, atol=tolerance * (1 + np.abs(b).max()), err_msg=what)
 
 
 def compare(

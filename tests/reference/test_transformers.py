@@ -7,35 +7,18 @@ from typing import Any
 
 import numpy as np
 import pytest
-from hypothesis import HealthCheck, given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 import tinytorch as t
 import tinytorch.nn.functional as F
+from tests.reference.near import DEVICES, assert_near, drawn, dtypes, flags, seeds, some
 from tinytorch import nn
 
 torch = pytest.importorskip("torch")
 TF = torch.nn.functional
 
-DEVICES = ("cpu", "array_api_strict", "torch")
 TOLERANCE = {"float32": 2e-5, "float64": 1e-11}
-some = settings(max_examples=25, suppress_health_check=[HealthCheck.filter_too_much, HealthCheck.too_slow])
-few = settings(max_examples=10, suppress_health_check=[HealthCheck.filter_too_much, HealthCheck.too_slow])
-dtypes = st.sampled_from(["float32", "float64"])
-seeds = st.integers(0, 2**32 - 1)
-flags = st.booleans()
-
-
-def drawn(seed: int, *shape: int, dtype: str = "float64") -> np.ndarray:
-    return np.random.default_rng(seed).normal(size=shape).astype(dtype)
-
-
-def assert_near(ours: Any, theirs: Any, tolerance: float, what: str = "") -> None:
-    """Within a tolerance of the largest value."""
-    a, b = ours.detach().numpy(), theirs.detach().numpy()
-    assert (a.shape, a.dtype) == (b.shape, b.dtype), what
-    if b.size:
-        np.testing.assert_allclose(a, b, rtol=tolerance, atol=tolerance * (1 + np.abs(b).max()), err_msg=what)
 
 
 def made(name: str, dtype: str, *sizes: Any, **options: Any) -> tuple[Any, Any]:
