@@ -19,6 +19,7 @@ import tinytorch
 from tinytorch import Trainer, nn
 from tinytorch.m08_training import accuracy
 from tinytorch.m08_training_appendix import Checkpointing, History, ProgressBar, plot_history
+from tinytorch.m09_spatial import count_parameters
 from tinytorch.milestones import MILESTONES
 from tinytorch.milestones.program import Check, Options, UsageError, whole
 from tinytorch.milestones.report import confusion_matrix, plot_confusion, plot_mistakes, print_confusion
@@ -133,8 +134,8 @@ def learn(
                       callbacks=callbacks, device=tinytorch.get_default_device())  # fmt: skip
     continue_or_begin(trainer, settings, work, arguments.resume)
 
-    parameters = sum(p.numel() for p in model.parameters())
-    print(f"{describe(model)} of {parameters:,} parameters learns {recipe.title}: {len(train.dataset):,} pictures\n"
+    network = f"{describe(model)} of {count_parameters(model):,} parameters"
+    print(f"{network} learns {recipe.title}: {len(train.dataset):,} pictures\n"
           f"for training, {len(validation.dataset):,} for validation, {len(test):,} for the test\n"
           "each line: training/validation")  # fmt: skip
 

@@ -86,11 +86,10 @@ class Check:
 
     def __str__(self) -> str:
         share = self.unit == "%"
-        scale, digits, difference = (100, 2, "points ") if share else (1, 3, "")
+        scale, digits, difference, unit = (100, 2, "points ", " %") if share else (1, 3, "", "")
         bound, word = (self.most, "at most ") if not share or self.most < 1 else (self.least, "at least ")
-        word *= bound < 1 or not share
-        line = f"{self.what}: {scale * self.value:.{digits}f} {self.unit}, must be {word}{scale * bound:g}"
-        line += " %" * share
+        word = "" if share and bound == 1 else word
+        line = f"{self.what}: {scale * self.value:.{digits}f} {self.unit}, must be {word}{scale * bound:g}{unit}"
         if self.passed:
             return f"passed: {line}"
         side = "above" if self.value > self.most else "below"

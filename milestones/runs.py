@@ -14,6 +14,7 @@ from typing import Any, TypeVar
 from tinytorch import Trainer
 from tinytorch.m01_setup import atomic_write
 from tinytorch.m08_training import LAST, PREVIOUS, Callback, read_checkpoint
+from tinytorch.m09_spatial import count_parameters
 from tinytorch.milestones.program import UsageError
 
 Found = TypeVar("Found")
@@ -162,7 +163,7 @@ def carry_out(
     work.publish()
     arguments.finish = work.finish
     return found, {
-        "parameters": sum(p.numel() for p in trainer.model.parameters()),
+        "parameters": count_parameters(trainer.model),
         "epochs": trainer.epoch,
         "steps": trainer.step,
         **resumed,

@@ -27,6 +27,7 @@ from tinytorch.m01_setup import atomic_write
 from tinytorch.m02_tensor import observe
 from tinytorch.m08_training import Callback
 from tinytorch.m08_training_appendix import Checkpointing, History, ProgressBar, plot_history
+from tinytorch.m09_spatial import count_parameters
 from tinytorch.m10_dataloader import RandomSampler
 from tinytorch.m11_tokenization import BPETokenizer, CharTokenizer, Tokenizer, TokenWindows
 from tinytorch.m13_attention import attention_weights
@@ -112,6 +113,7 @@ class Material:
     """A text in tokens, the last tenth of it kept apart for validation.
 
     Attributes:
+        held_out: the last tenth as it was written.
         training, validation: ids, int64 (N,).
         characters, bytes: how many the tokens of the validation part stand for, without its first.
         unigram: nats a token of the validation part, where each token has the frequency that it had in training,
@@ -119,7 +121,7 @@ class Material:
     """
 
     title: str
-    text: str
+    held_out: str
     tokenizer: Tokenizer
     training: Tensor
     validation: Tensor
@@ -132,22 +134,14 @@ class Material:
         """Characters that a token stands for."""
         return self.characters / (len(self.validation) - 1)
 
-    @property
-    def held_out(self) -> str:
-        return self.text[cut(self.text) :]
-
-
-def cut(text: str) -> int:
-    """Where the last tenth of a text begins."""
-    return len(text) * 9 // 10
-
 
 def prepare(title: str, text: str, kind: str, vocab_size: int, context: int) -> Material:
     """Make tokens of a text; UsageError if it is too short.
 
     Characters are those of all the text. Byte pairs are learned from the training part.
     """
-    parts = text[: cut(text)], text[cut(text) :]
+    end = len(text) * 9 // 10
+    parts = text[:end], text[end:]
     if kind == "char":
         tokenizer: Tokenizer = CharTokenizer.train(text)
     else:
@@ -160,9 +154,9 @@ def prepare(title: str, text: str, kind: str, vocab_size: int, context: int) -> 
     total = len(training) + tokenizer.vocab_size  # each token once more than it occurred, so that none is impossible
     nats = -sum(n * math.log((counts[id] + 1) / total) for id, n in Counter(rest).items())
     content = tokenizer.decode_bytes(rest)
-    ids, held_out = (tinytorch.tensor(x, dtype=tinytorch.int64, device="cpu") for x in (training, validation))
+    ids = [tinytorch.tensor(x, dtype=tinytorch.int64, device="cpu") for x in (training, validation)]
     characters = max(1, len(content.decode("utf-8", "ignore")))
-    return Material(title, text, tokenizer, ids, held_out, characters, len(content), nats / len(rest))
+    return Material(title, parts[1], tokenizer, ids[0], ids[1], characters, len(content), nats / len(rest))
 
 
 # -- training ----------------------------------------------------------------------------------------------------------
@@ -291,8 +285,7 @@ def program(arguments: argparse.Namespace) -> tuple[list[Check], dict[str, Any]]
 
 
 def introduce(recipe: Recipe, model: GPT, material: Material) -> None:
-    parameters = sum(p.numel() for p in model.parameters())
-    sizes = f"{recipe.layers} layers, {recipe.heads} heads and {parameters:,} parameters"
+    sizes = f"{recipe.layers} layers, {recipe.heads} heads and {count_parameters(model):,} parameters"
     print(f"A GPT of {sizes} learns {material.title}:\n"
           f"{len(material.training):,} tokens to train on, {len(material.validation):,} for validation;\n"
           f"{material.tokenizer.vocab_size:,} different ones, a token stands for {material.per_token:.2f} characters\n"
