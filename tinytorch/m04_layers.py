@@ -773,6 +773,11 @@ class Dropout(Module):
         return f"p={self.p}, inplace={self.inplace}"
 
 
+def unusual(**options: tuple[Any, Any]) -> str:
+    """For `extra_repr`, of options that are (value, usual value): a comma and "name=value" for each unusual one."""
+    return "".join(f", {name}={value}" for name, (value, usual) in options.items() if value != usual)
+
+
 class Flatten(Module):
     """The axes from `start_dim` to `end_dim` made one: by default all but the batch."""
 

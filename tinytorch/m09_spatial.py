@@ -50,6 +50,7 @@ from tinytorch.m04_layers import (
     linear,
     overwrite,
     uniform_,
+    unusual,
 )
 from tinytorch.m05_losses import cross_entropy
 from tinytorch.m06_autograd import gradcheck, gradient, no_grad
@@ -427,9 +428,10 @@ class Conv2d(Module):
         return conv2d(x, self.weight, self.bias, self.stride, 0, self.dilation, self.groups)
 
     def extra_repr(self) -> str:
-        shown = {"padding": (self.padding, (0, 0)), "dilation": (self.dilation, (1, 1)), "groups": (self.groups, 1),
-                 "bias": (self.bias is not None, True), "padding_mode": (self.padding_mode, "zeros")}  # fmt: skip
-        more = "".join(f", {name}={value}" for name, (value, usual) in shown.items() if value != usual)
+        more = unusual(
+            padding=(self.padding, (0, 0)), dilation=(self.dilation, (1, 1)), groups=(self.groups, 1),
+            bias=(self.bias is not None, True), padding_mode=(self.padding_mode, "zeros"),
+        )  # fmt: skip
         return f"{self.in_channels}, {self.out_channels}, kernel_size={self.kernel_size}, stride={self.stride}{more}"
 
 

@@ -41,9 +41,23 @@ from tinytorch.m02_tensor import (
     zeros,
 )
 from tinytorch.m02_tensor import pow as power
-from tinytorch.m02_tensor_appendix import Writes, arange, clamp, cos, empty, flatten, norm, one_hot, randint, roll, sin
+from tinytorch.m02_tensor_appendix import (
+    Writes,
+    arange,
+    clamp,
+    cos,
+    empty,
+    flatten,
+    get_default_device,
+    get_default_dtype,
+    norm,
+    one_hot,
+    randint,
+    roll,
+    sin,
+)
 from tinytorch.m03_activations import softmax
-from tinytorch.m04_layers import Linear, Module, Parameter, linear, normal_
+from tinytorch.m04_layers import Linear, Module, Parameter, linear, normal_, unusual
 from tinytorch.m05_losses import cross_entropy
 from tinytorch.m06_autograd import gradcheck, gradient, no_grad, raw
 from tinytorch.m07_optimizers import SGD
@@ -241,8 +255,6 @@ def embedding(
     check_ids("embedding", input, rows)
     if max_norm is not None:
         shorten_rows(weight, input, max_norm, norm_type)
-    if padding_idx is None and not scale_grad_by_freq:
-        return embedding_lookup(input, weight)
     padding_idx = row_number("embedding", padding_idx, rows)
     return embedding_lookup(input, weight, padding_idx=padding_idx, scale_grad_by_freq=bool(scale_grad_by_freq))
 
@@ -302,10 +314,10 @@ class Embedding(Module):
         return embedding(ids, self.weight, self.padding_idx, self.max_norm, self.norm_type, self.scale_grad_by_freq)
 
     def extra_repr(self) -> str:
-        shown = {"padding_idx": (self.padding_idx, None), "max_norm": (self.max_norm, None),
-                 "norm_type": (self.norm_type, 2.0), "scale_grad_by_freq": (self.scale_grad_by_freq, False),
-                 "sparse": (self.sparse, False)}  # fmt: skip
-        more = "".join(f", {name}={value}" for name, (value, usual) in shown.items() if value != usual)
+        more = unusual(
+            padding_idx=(self.padding_idx, None), max_norm=(self.max_norm, None), norm_type=(self.norm_type, 2.0),
+            scale_grad_by_freq=(self.scale_grad_by_freq, False), sparse=(self.sparse, False),
+        )  # fmt: skip
         return f"{self.num_embeddings}, {self.embedding_dim}{more}"
 
 
@@ -370,6 +382,9 @@ class LearnedPositions(Module):
     def forward(self, x: Tensor, offset: int = 0) -> Tensor:
         return x + self.weight[positions_of("LearnedPositions", x, offset, *self.weight.shape)]
 
+    def extra_repr(self) -> str:
+        return ", ".join(map(str, self.weight.shape))
+
 
 def frequencies(dim: int, base: float) -> Tensor:
     """base^(-2k / dim) for k = 0 … in float64: the angle by which each pair of numbers turns from place to place."""
@@ -380,7 +395,7 @@ def sinusoidal_positions(length: int, dim: int, base: float = 10000.0, device: A
     """(length, dim): sin(t ω_k) in the even and cos(t ω_k) in the odd columns, with ω_k = base^(-2k / dim)."""
     angles = unsqueeze(arange(length, dtype=float64, device="cpu"), 1) * frequencies(dim, base)
     table = flatten(stack([sin(angles), cos(angles)], dim=2), 1)[:, :dim]
-    return table.to(dtype=dtype or zeros(0).dtype, device=device or zeros(0).device)
+    return table.to(dtype=dtype or get_default_dtype(), device=device or get_default_device())
 
 
 class SinusoidalPositions(Module):
@@ -495,10 +510,9 @@ def rotary_tables(
         raise ValueError(f"rotary_tables: dim must be even, for its numbers turn in pairs, got {dim}")
     turning, size = scaled_frequencies(frequencies(dim, base), base, scaling)
     angles = unsqueeze(arange(length, dtype=float64, device="cpu"), 1) * turning
-    angles, usual = concatenate(angles, angles, dim=1), zeros(0)
-    tables = (f(angles) * size for f in (cos, sin))
-    made, same = (t.to(dtype=dtype or usual.dtype, device=device or usual.device) for t in tables)
-    return made, same
+    angles = concatenate(angles, angles, dim=1)
+    like = {"dtype": dtype or get_default_dtype(), "device": device or get_default_device()}
+    return (cos(angles) * size).to(**like), (sin(angles) * size).to(**like)
 
 
 def scaled_frequencies(usual: Tensor, base: float, scaling: Mapping[str, Any] | None) -> tuple[Tensor, float]:
@@ -607,7 +621,7 @@ def alibi_slopes(num_heads: int, device: Any = None, dtype: Any = None) -> Tenso
     whole = 1 << num_heads.bit_length() - 1  # the largest power of two that is not above
     slopes = [2 ** (-8 * (h + 1) / whole) for h in range(whole)]
     between = [2 ** (-4 * (h + 1) / whole) for h in range(0, 2 * whole, 2)]
-    return tensor([*slopes, *between[: num_heads - whole]], dtype=dtype or zeros(0).dtype, device=device)
+    return tensor([*slopes, *between[: num_heads - whole]], dtype=dtype or get_default_dtype(), device=device)
 
 
 def alibi_bias(

@@ -12,7 +12,7 @@ from typing import Any
 from tinytorch.backends import DTYPE_KINDS, backend_of
 from tinytorch.m02_tensor import Tensor, float64, reshape, unsqueeze, where
 from tinytorch.m02_tensor_appendix import arange, clamp, cumsum, max, nonzero, ones_like
-from tinytorch.m04_layers import Parameter
+from tinytorch.m04_layers import Parameter, unusual
 from tinytorch.m12_embeddings import (
     ROPE_SCALINGS,
     Embedding,
@@ -164,10 +164,11 @@ class EmbeddingBag(Embedding):
         )  # fmt: skip
 
     def extra_repr(self) -> str:
-        shown = {"max_norm": (self.max_norm, None), "norm_type": (self.norm_type, 2.0),
-                 "scale_grad_by_freq": (self.scale_grad_by_freq, False), "mode": (repr(self.mode), None),
-                 "padding_idx": (self.padding_idx, None)}  # fmt: skip
-        more = "".join(f", {name}={value}" for name, (value, usual) in shown.items() if value != usual)
+        more = unusual(
+            max_norm=(self.max_norm, None), norm_type=(self.norm_type, 2.0),
+            scale_grad_by_freq=(self.scale_grad_by_freq, False), mode=(repr(self.mode), None),
+            padding_idx=(self.padding_idx, None),
+        )  # fmt: skip
         return f"{self.num_embeddings}, {self.embedding_dim}{more}"
 
 

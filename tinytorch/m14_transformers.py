@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 import tinytorch.m06_autograd_appendix  # noqa: F401 - the rules of 02's appendix
 from tinytorch.backends import backend_of
 from tinytorch.m01_setup import assert_close, manual_seed, message_of, print_table, run_module, seconds
-from tinytorch.m02_tensor import Tensor, getitem, mean, mul, ones, randn, reshape, tensor, where, zeros
+from tinytorch.m02_tensor import Tensor, mean, mul, ones, randn, reshape, tensor, where, zeros
 from tinytorch.m02_tensor_appendix import arange, cumsum, randint, rsqrt, sort, topk
 from tinytorch.m03_activations import gelu, relu, silu, softmax
 from tinytorch.m04_layers import Dropout, Linear, Module, Parameter, linear, normal_
@@ -30,7 +30,7 @@ from tinytorch.m06_autograd import no_grad
 from tinytorch.m07_optimizers import AdamW
 from tinytorch.m08_training import evaluating
 from tinytorch.m09_spatial import count_parameters, normalize, time_by_operation
-from tinytorch.m12_embeddings import Embedding, RotaryEmbedding
+from tinytorch.m12_embeddings import Embedding, LearnedPositions, RotaryEmbedding
 from tinytorch.m13_attention import SelfAttention
 
 # %% [markdown]
@@ -111,7 +111,7 @@ class Norm(Module):
     eps: Any
 
     def __init__(
-        self, normalized_shape: int | Sequence[int], eps: float | None, elementwise_affine: bool = True,
+        self, normalized_shape: int | Sequence[int], eps: float | None = None, elementwise_affine: bool = True,
         device: Any = None, dtype: Any = None,
     ) -> None:  # fmt: skip
         super().__init__()
@@ -148,12 +148,6 @@ class LayerNorm(Norm):
 
 class RMSNorm(Norm):
     """Mean square 1 over the last axes of each place, then a weight."""
-
-    def __init__(
-        self, normalized_shape: int | Sequence[int], eps: float | None = None, elementwise_affine: bool = True,
-        device: Any = None, dtype: Any = None,
-    ) -> None:  # fmt: skip
-        super().__init__(normalized_shape, eps, elementwise_affine, device, dtype)
 
     def forward(self, x: Tensor) -> Tensor:
         return rms_norm(x, self.normalized_shape, self.weight, self.eps)
@@ -261,16 +255,23 @@ class GPTConfig:
             if getattr(self, name) not in allowed:
                 raise ValueError(f"GPTConfig: {name} must be one of {', '.join(allowed)}, got {getattr(self, name)!r}")
 
+    @property
+    def hidden_size(self) -> int:
+        return self.hidden_dim or 4 * self.embed_dim
+
+    @property
+    def head_size(self) -> int:
+        return self.head_dim or self.embed_dim // self.num_heads
+
     def make_norm(self) -> Norm:
         if self.norm == "rms":
             return RMSNorm(self.embed_dim, self.norm_eps)
         return LayerNorm(self.embed_dim, self.norm_eps, bias=self.bias)
 
     def make_mlp(self) -> MLP | SwiGLU:
-        hidden = self.hidden_dim or 4 * self.embed_dim
         if self.mlp == "swiglu":
-            return SwiGLU(self.embed_dim, hidden, self.bias)
-        return MLP(self.embed_dim, hidden, self.mlp, self.bias)
+            return SwiGLU(self.embed_dim, self.hidden_size, self.bias)
+        return MLP(self.embed_dim, self.hidden_size, self.mlp, self.bias)
 
 
 def llama_config(vocab_size: int, **others: Any) -> GPTConfig:
@@ -350,10 +351,9 @@ class GPT(Module):
         self.config = config
         width, rotary = config.embed_dim, None
         self.tokens = Embedding(config.vocab_size, width)
-        self.positions = Embedding(config.context_length, width) if config.positions == "learned" else None
+        self.positions = LearnedPositions(config.context_length, width) if config.positions == "learned" else None
         if self.positions is None:
-            head_dim = config.head_dim or width // config.num_heads
-            rotary = RotaryEmbedding(head_dim, config.context_length, config.rope_base, config.rope_scaling)
+            rotary = RotaryEmbedding(config.head_size, config.context_length, config.rope_base, config.rope_scaling)
         self.dropout = Dropout(config.dropout)
         self.blocks = ModuleList([TransformerBlock(config, rotary) for _ in range(config.num_layers)])
         self.norm = config.make_norm() if config.norm_first else None
@@ -375,7 +375,7 @@ class GPT(Module):
                              f"got {ids.dtype} {ids.shape}")  # fmt: skip
         x = self.tokens(ids)
         if self.positions is not None:
-            x = x + getitem(self.positions.weight, index=slice(0, ids.shape[1]))
+            x = self.positions(x)
         x = self.dropout(x)
         for block in self.blocks:
             x = block(x)

@@ -21,8 +21,8 @@ from typing import Any, NamedTuple
 
 from tinytorch.backends import backend_of, get_backend
 from tinytorch.m01_setup import atomic_write
-from tinytorch.m02_tensor import Tensor, _default, full
-from tinytorch.m02_tensor_appendix import Writes, _write, triu
+from tinytorch.m02_tensor import Tensor, full
+from tinytorch.m02_tensor_appendix import Writes, _write, get_default_device, get_default_dtype, triu
 from tinytorch.m03_activations import gelu, relu
 from tinytorch.m04_layers import Dropout, Linear, Module, overwrite, xavier_uniform_
 from tinytorch.m04_layers_appendix import CHECKSUM, ModuleList, _checksum, _decode, _split, save
@@ -194,8 +194,8 @@ def llama_entries(config: GPTConfig) -> dict[str, Any]:
         "num_attention_heads": config.num_heads,
         "num_key_value_heads": config.num_kv_heads or config.num_heads,
         "hidden_size": config.embed_dim,
-        "head_dim": config.head_dim or config.embed_dim // config.num_heads,
-        "intermediate_size": config.hidden_dim or 4 * config.embed_dim,
+        "head_dim": config.head_size,
+        "intermediate_size": config.hidden_size,
         "attention_dropout": config.dropout,
         "attention_bias": config.bias,
         "mlp_bias": config.bias,
@@ -240,8 +240,7 @@ class Place(NamedTuple):
 
 def gpt2_places(config: GPTConfig, entries: Entries | None = None) -> dict[str, Place]:
     """Where GPT-2's files have each tensor. They have all biases, whether the model has them or not."""
-    E = config.embed_dim
-    hidden = config.hidden_dim or 4 * E
+    E, hidden = config.embed_dim, config.hidden_size
     places = {"tokens.weight": Place({"transformer.wte.weight": (config.vocab_size, E)}),
               "positions.weight": Place({"transformer.wpe.weight": (config.context_length, E)})}  # fmt: skip
     layers = {"attention.qkv": ("attn.c_attn", E, 3 * E), "attention.out": ("attn.c_proj", E, E),
@@ -261,8 +260,7 @@ def gpt2_places(config: GPTConfig, entries: Entries | None = None) -> dict[str, 
 
 def llama_places(config: GPTConfig, entries: Entries | None = None) -> dict[str, Place]:
     """Where Llama's files have each tensor. Biases that only `entries` says are not there are zeros."""
-    E = config.embed_dim
-    hidden, D = config.hidden_dim or 4 * E, config.head_dim or E // config.num_heads
+    E, hidden, D = config.embed_dim, config.hidden_size, config.head_size
     q, kv = config.num_heads * D, (config.num_kv_heads or config.num_heads) * D
     places = {"tokens.weight": Place({"model.embed_tokens.weight": (config.vocab_size, E)})}
     layers = {"attention.qkv": ({"self_attn.q_proj": q, "self_attn.k_proj": kv, "self_attn.v_proj": kv}, E),
@@ -374,7 +372,7 @@ def from_pretrained(
         biases = [piece for name, place in places.items() if name.endswith(".bias") for piece in place.pieces]
         config = replace(config, bias=any(values_of(found[name]).any() for name in biases))
     model = unset_model(cls, config)
-    model.to(device=device or _default["device"], dtype=dtype or _default["dtype"])
+    model.to(device=device or get_default_device(), dtype=dtype or get_default_dtype())
     for own, x in model._state():
         fill(x, places[own], found)
     model.eval()
@@ -384,7 +382,7 @@ def from_pretrained(
 def unset_model(cls: type[GPT], config: GPTConfig) -> GPT:
     """A model that is going to be filled: initial values, which take longer to draw than to read, are left out."""
     unset = type(cls.__name__, (cls,), {"reset_parameters": lambda self: None})
-    with get_backend(_default["device"]).seeded(0):  # what layers draw is overwritten: take nobody's random numbers
+    with get_backend(get_default_device()).seeded(0):  # what layers draw is overwritten: take nobody's random numbers
         model = unset(config)
     model.__class__ = cls
     return model

@@ -222,6 +222,7 @@ def test_added_positions(kind: type, device: str) -> None:
 def test_learned_positions_start_small_and_learn(device: str) -> None:
     t.manual_seed(0)
     layer = LearnedPositions(500, 40)
+    assert repr(layer) == "LearnedPositions(500, 40)"
     assert abs(layer.weight.detach().numpy().std() - 0.02) < 0.001
     layer(t.zeros(2, 3, 40), 1).sum().backward()
     assert layer.weight.grad[:, 0].tolist() == [0, 2, 2, 2] + [0] * 496
