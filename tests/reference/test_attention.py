@@ -47,10 +47,16 @@ def compare(ours: Callable, theirs: Callable, *arrays: np.ndarray | None) -> Non
 # -- scaled_dot_product_attention --------------------------------------------------------------------------------------
 
 
-def plainly(*inputs: Any, **options: Any) -> Any:
-    """PyTorch's function by its products, which take whatever broadcasts; its faster kernels do not."""
+def plainly(query: Any, key: Any, value: Any, mask: Any = None, **options: Any) -> Any:
+    """PyTorch's function by its products, which take whatever broadcasts; its faster kernels do not.
+
+    Only a mask must not have more rows than the scores that it is added to, so the query is given them all.
+    """
+    if mask is not None:
+        lead = torch.broadcast_shapes(query.shape[:-2], mask.shape[:-2])
+        query = query.expand(*lead, *query.shape[-2:])
     with torch.nn.attention.sdpa_kernel(torch.nn.attention.SDPBackend.MATH):
-        return TF.scaled_dot_product_attention(*inputs, **options)
+        return TF.scaled_dot_product_attention(query, key, value, mask, **options)
 
 
 @st.composite
