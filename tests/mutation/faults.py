@@ -32,7 +32,10 @@ CHAPTER_TESTS = {
 }
 VALUES = ("tests/ops/test_ops.py::test_limits", "tests/ops/test_ops.py::test_values_and_dtypes")
 PROMOTION = ("tests/ops/test_properties.py::test_promotion_of_two_tensors",)
-RULES = ("tests/ops/test_ops.py::test_slopes_where_there_is_a_choice", "tests/ops/test_ops.py::test_gradients")
+RULES = tuple(
+    f"tests/ops/test_ops.py::test_{name}"
+    for name in ("slopes_where_there_is_a_choice", "gradients", "gradients_under_create_graph")
+)
 
 
 SPATIAL_TESTS = ("tinytorch/m09_*.py", "tests/modules/test_spatial*.py", "tests/checkpoints/test_09_*.py")

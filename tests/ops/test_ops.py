@@ -194,6 +194,24 @@ def test_gradients(name: str, device: str) -> None:
 
 
 @smooth_row
+def test_gradients_under_create_graph(name: str, device: str) -> None:
+    """What a fused rule computes, its formula in operations says too."""
+    row = ROWS[name]
+    for case in drawn(row):
+        inputs, attributes, leaves = watched(row, case)
+        if not leaves:
+            continue
+        out = smooth_call(row, attributes)(*inputs)
+        seed = t.tensor(np.random.default_rng(SEED).normal(size=out.shape))
+        fused = t.autograd.grad(out, leaves, seed, retain_graph=True, allow_unused=True)
+        composed = t.autograd.grad(out, leaves, seed, create_graph=True, allow_unused=True)
+        for x, want in zip(composed, fused, strict=True):
+            assert (x is None) == (want is None), case
+            if x is not None:
+                assert_equal(x.detach(), want.numpy(), 1e-11, f"{name} {case}")
+
+
+@smooth_row
 def test_gradients_of_gradients(name: str, device: str) -> None:
     row = ROWS[name]
     cases = sorted(drawn(row), key=lambda case: sum(np.size(x) for x in case.inputs if is_float(x)), reverse=True)
