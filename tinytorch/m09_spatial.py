@@ -47,7 +47,6 @@ from tinytorch.m04_layers import (
     Sequential,
     fans,
     kaiming_uniform_,
-    linear,
     overwrite,
     uniform_,
     unusual,
@@ -351,13 +350,20 @@ def conv2d(
         ValueError: shapes do not fit each other, or no window fits in the picture.
         TypeError: the input is not of the weight's dtype.
     """
+    return convolve(convolution, x, weight, bias, stride, padding, dilation, groups)
+
+
+def convolve(
+    operation: Any, x: Tensor, weight: Tensor, bias: Any, stride: Any, padding: Any, dilation: Any, groups: int
+) -> Tensor:
+    """`conv2d` by the operation `convolution`, or by one with its signature."""
     if x.ndim == 3:
-        return conv2d(unsqueeze(x, 0), weight, bias, stride, padding, dilation, groups)[0]
+        return convolve(operation, unsqueeze(x, 0), weight, bias, stride, padding, dilation, groups)[0]
     check_convolution("conv2d", x, weight, bias, groups)
     size, stride, dilation = weight.shape[2:], pair("conv2d", "stride", stride), pair("conv2d", "dilation", dilation)
     borders = paddings("conv2d", padding, size, stride, dilation)
     windows = lay_windows("conv2d", x.shape, size, stride, borders, dilation)
-    return convolution(x, weight, bias, windows=windows, groups=groups)
+    return operation(x, weight, bias, windows=windows, groups=groups)
 
 
 def test_fast_convolution_equals_the_loops() -> None:
@@ -575,7 +581,7 @@ class MaxPool2d(Module):
 def normalize(xp, x, weight=None, bias=None, *, dims, eps):
     """weight (x - mean) / sqrt(var + eps) + bias, with mean and variance over `dims`; also returns these two.
 
-    weight and bias are shaped to broadcast with x. The variance is the mean square of the deviations.
+    weight and bias are of one shape that broadcasts with x's. The variance is the mean square of the deviations.
     """
     wide = widened(xp, x)
     mean = xp.mean(wide, axis=dims, keepdims=True)
@@ -592,61 +598,48 @@ def widened(xp: Any, x: Any) -> Any:
 
 
 @op
-def normalize_input_gradient(xp, g, x, weight, mean, variance, *, dims, eps):
-    """The gradient of `normalize` carried to x: r (g w - mean(g w) - x̂ mean(g w x̂)), r = 1 / sqrt(var + eps)."""
-    r = 1 / xp.sqrt(variance + eps)
+def normalize_gradients(xp, g, x, weight, mean, variance, *, dims, eps, shape):
+    """The gradients of `normalize` carried to x and, with a shape, to a weight and a bias of that shape.
+
+    r (g w - mean(g w) - x̂ mean(g w x̂)), where r = 1 / sqrt(var + eps); g x̂ and g, summed where they were broadcast.
+    """
+    kind, g, r = xp.dtype_name(x), widened(xp, g), 1 / xp.sqrt(variance + eps)
     standard = widened(xp, x) - mean
     standard *= r
-    out = widened(xp, g) * (1 if weight is None else widened(xp, weight))
+    found = []
+    if shape is not None:
+        lead = x.ndim - len(shape)
+        axes = tuple(d for d in range(x.ndim) if d < lead or shape[d - lead] == 1)
+        found = [xp.reshape(xp.sum(part, axis=axes, keepdims=True), shape) for part in (g * standard, g)]
+    out = g * (1 if weight is None else widened(xp, weight))
     projection = xp.mean(out * standard, axis=dims, keepdims=True)
     out -= xp.mean(out, axis=dims, keepdims=True)
     standard *= projection
     out -= standard
     out *= r
-    return xp.cast(out, xp.dtype_name(x))
-
-
-@op
-def normalize_weight_gradient(xp, g, x, mean, variance, *, eps, shape):
-    """The gradient of `normalize` carried to a weight of a shape: g x̂, summed over the axes it was broadcast along."""
-    out = widened(xp, x) - mean
-    out *= 1 / xp.sqrt(variance + eps)
-    out *= widened(xp, g)
-    lead = x.ndim - len(shape)
-    axes = tuple(d for d in range(x.ndim) if d < lead or shape[d - lead] == 1)
-    return xp.cast(xp.reshape(xp.sum(out, axis=axes, keepdims=True), tuple(shape)), xp.dtype_name(x))
+    return tuple(xp.cast(part, kind) for part in (out, *found))
 
 
 # %% [markdown]
-# Under `create_graph` the by-products are None. Then the rules say the same with ordinary operations, which have rules
-# themselves; the two fused ones are never recorded, so they have none.
+# Under `create_graph` the by-products are None. Then the rule says the same with ordinary operations, which have rules
+# themselves; the fused one is never recorded, so it has none.
 
 
 # %%
-def standardized(x: Any, dims: tuple, eps: float) -> tuple[Any, Any]:
-    """x̂ and r of the formula, in operations that can be differentiated again."""
+def normalize_rule(g: Any, x: Any, weight: Any, extras: Any, position: tuple, dims: tuple, eps: float) -> tuple:
+    if extras is not None:
+        shape = None if weight is None or position == (0,) else tuple(weight.shape)
+        found = normalize_gradients(g, x, weight, *extras, dims=dims, eps=eps, shape=shape)
+        return found if shape is not None else (*found, None, g)
     centred = x - mean(x, dim=dims, keepdim=True)
     r = 1 / sqrt(mean(centred * centred, dim=dims, keepdim=True) + eps)
-    return centred * r, r
+    standard, inner = centred * r, g if weight is None else g * weight
+    along = standard * mean(inner * standard, dim=dims, keepdim=True)
+    return r * (inner - mean(inner, dim=dims, keepdim=True) - along), g * standard, g
 
 
-def normalize_input_rule(g: Any, x: Any, weight: Any, extras: Any, dims: tuple, eps: float) -> Any:
-    if extras is not None:
-        return normalize_input_gradient(g, x, weight, *extras, dims=dims, eps=eps)
-    standard, r = standardized(x, dims, eps)
-    g = g if weight is None else g * weight
-    return r * (g - mean(g, dim=dims, keepdim=True) - standard * mean(g * standard, dim=dims, keepdim=True))
-
-
-def normalize_weight_rule(g: Any, x: Any, weight_shape: tuple, extras: Any, dims: tuple, eps: float) -> Any:
-    if extras is not None:
-        return normalize_weight_gradient(g, x, *extras, eps=eps, shape=weight_shape)
-    return g * standardized(x, dims, eps)[0]
-
-
-gradient(normalize, x=normalize_input_rule, weight=normalize_weight_rule, bias=lambda g: g)
-gradient(normalize_input_gradient)
-gradient(normalize_weight_gradient)
+gradient(normalize, together=normalize_rule)
+gradient(normalize_gradients)
 
 
 def test_normalize_has_mean_zero_and_variance_one() -> None:
@@ -811,9 +804,10 @@ def count_flops(network: Module, x: Tensor) -> dict[str, int]:
 
     def observer(operation: Any, arrays: list, attributes: dict, proceed: Callable) -> Any:
         out = proceed()
-        if operation in (convolution, convolution_input_gradient, linear):
+        name = operation.name.removesuffix("_relu")  # a convolution may come in one with its ReLU
+        if name in ("convolution", "convolution_input_gradient", "linear"):
             places = arrays[0] if operation is convolution_input_gradient else out  # a transposed convolution's input
-            counts[operation.name] += 2 * math.prod(places.shape) * math.prod(arrays[1].shape[1:])
+            counts[name] += 2 * math.prod(places.shape) * math.prod(arrays[1].shape[1:])
         return out
 
     with evaluating(network), observe(observer), no_grad():

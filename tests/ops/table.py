@@ -1512,6 +1512,11 @@ def raw_conv_input(g: Any, weight: Any, shape: tuple, groups: int, **geometry: A
     return Op.registry["convolution_input_gradient"](g, weight, windows=windows, groups=groups)
 
 
+def raw_conv_relu(x: Any, weight: Any, bias: Any = None, *, groups: int, **geometry: Any) -> Any:
+    windows = raw_windows(x.shape, weight.shape[2:], **geometry)
+    return Op.registry["convolution_relu"](x, weight, bias, windows=windows, groups=groups)
+
+
 def raw_conv_weight(g: Any, x: Any, size: tuple, groups: int, **geometry: Any) -> Any:
     windows = raw_windows(x.shape, size, **geometry)
     return Op.registry["convolution_weight_gradient"](g, x, windows=windows, groups=groups)
@@ -1594,6 +1599,8 @@ row(
 )
 row("convolution_input_gradient", raw_conv_input, numpy_conv_input, input_gradients, (0, 1), loose=5)
 row("convolution_weight_gradient", raw_conv_weight, numpy_conv_weight, weight_gradients, (0, 1), loose=5)
+row("convolution_relu", raw_conv_relu, lambda *x, **geometry: np.maximum(numpy_conv2d(*x, **geometry), 0), convolutions,
+    (0, 1, 2), loose=5)  # fmt: skip
 
 POOLINGS = (
     ((2, 2, 4, 3), {"size": (2, 2), **GEOMETRIES[0]}),
@@ -1775,43 +1782,32 @@ def normalized(rng: Generator) -> Iterator[Case]:
         yield case(normal(rng, shape), weight, bias, dims=dims, eps=0.1)
 
 
-def normalized_back(kind: str) -> Callable:
-    def cases(rng: Generator) -> Iterator[Case]:
-        for i, (shape, parameters, dims) in enumerate(NORMALIZED):
-            g, x, weight = normal(rng, shape), normal(rng, shape), normal(rng, parameters)
-            _, mean, variance = numpy_normalize(x, dims=dims, eps=0.1)
-            if kind == "input":
-                yield case(g, x, None if i == 1 else weight, mean, variance, dims=dims, eps=0.1)
-            else:
-                yield case(g, x, mean, variance, eps=0.1, shape=parameters)
-
-    return cases
+def normalized_back(rng: Generator) -> Iterator[Case]:
+    for i, (shape, parameters, dims) in enumerate(NORMALIZED):
+        g, x, weight = normal(rng, shape), normal(rng, shape), normal(rng, parameters)
+        _, mean, variance = numpy_normalize(x, dims=dims, eps=0.1)
+        given = None if i == 1 else weight
+        yield case(g, x, given, mean, variance, dims=dims, eps=0.1, shape=None if i == 3 else parameters)
 
 
-def numpy_normalize_input(
-    g: np.ndarray, x: np.ndarray, weight: Any, mean: np.ndarray, variance: np.ndarray, *, dims: tuple, eps: float
-) -> np.ndarray:
+def numpy_normalize_gradients(
+    g: np.ndarray, x: np.ndarray, weight: Any, mean: np.ndarray, variance: np.ndarray, *, dims: tuple, eps: float,
+    shape: tuple | None,
+) -> tuple:  # fmt: skip
     """By mean and variance as functions of x: the long way."""
-    g, count = g * (1 if weight is None else weight), math.prod(x.shape[d] for d in dims)
+    inner, count = g * (1 if weight is None else weight), math.prod(x.shape[d] for d in dims)
     r = 1 / np.sqrt(variance + eps)
-    to_variance = (g * (x - mean) * -0.5 * r**3).sum(dims, keepdims=True)
-    to_mean = (-g * r).sum(dims, keepdims=True)
-    return g * r + to_variance * 2 * (x - mean) / count + to_mean / count
-
-
-def numpy_normalize_weight(
-    g: np.ndarray, x: np.ndarray, mean: np.ndarray, variance: np.ndarray, *, eps: float, shape: tuple
-) -> np.ndarray:
-    parts = g * (x - mean) / np.sqrt(variance + eps)
-    parts = parts.sum(tuple(range(x.ndim - len(shape))))
-    return parts.sum(tuple(d for d, n in enumerate(shape) if n == 1), keepdims=True)
+    to_variance = (inner * (x - mean) * -0.5 * r**3).sum(dims, keepdims=True)
+    to_mean = (-inner * r).sum(dims, keepdims=True)
+    found = [inner * r + to_variance * 2 * (x - mean) / count + to_mean / count]
+    for part in () if shape is None else (g * (x - mean) * r, g):
+        part = part.sum(tuple(range(x.ndim - len(shape))))
+        found.append(part.sum(tuple(d for d, n in enumerate(shape) if n == 1), keepdims=True))
+    return tuple(found)
 
 
 row("normalize", Op.registry["normalize"], numpy_normalize, normalized, (0, 1, 2), loose=5)
-row("normalize_input_gradient", Op.registry["normalize_input_gradient"], numpy_normalize_input,
-    normalized_back("input"), (), loose=10)  # fmt: skip
-row("normalize_weight_gradient", Op.registry["normalize_weight_gradient"], numpy_normalize_weight,
-    normalized_back("weight"), (), loose=10)  # fmt: skip
+row("normalize_gradients", Op.registry["normalize_gradients"], numpy_normalize_gradients, normalized_back, (), loose=10)
 
 # What is composed of these and of the operations of 02.
 
