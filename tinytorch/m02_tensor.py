@@ -94,10 +94,8 @@ _default: dict[str, Any] = {"device": Device(os.environ.get("TINYTORCH_DEVICE", 
 
 def test_dtype_is_a_name_with_facts() -> None:
     assert float32 == "float32"
-    assert float32.itemsize == 4
-    assert float32.is_floating_point
-    assert not int64.is_floating_point
-    assert bool_.itemsize == 1
+    assert (float32.itemsize, bool_.itemsize) == (4, 1)
+    assert (float32.is_floating_point, int64.is_floating_point) == (True, False)
     assert repr(float64) == "tinytorch.float64"
 
 
@@ -164,12 +162,10 @@ class Op:
                 arrays = backend.promote(arrays, self.floating)
             if OBSERVERS or self.implementations:
                 out = self._attached(backend, arrays, attributes)
-            elif attributes:
-                out = self.function(backend, *arrays, **attributes)
-            elif len(arrays) == 2:  # spelled out, the commonest call takes a tenth of a microsecond less
+            elif len(arrays) == 2 and not attributes:  # spelled out, the commonest call takes 0.1 µs less
                 out = self.function(backend, arrays[0], arrays[1])
             else:
-                out = self.function(backend, *arrays)
+                out = self.function(backend, *arrays, **attributes)
         except (ValueError, TypeError, IndexError, RuntimeError, OverflowError) as error:
             raise self._error(error, arrays) from error
         if not is_tensor:
@@ -198,8 +194,12 @@ class Op:
         self.implementations.setdefault(backend, []).insert(0, (when, function))
 
     def _attached(self, backend: Backend, arrays: list, attributes: dict) -> Any:
-        faster = (f for when, f in self.implementations.get(backend.name, ()) if when(*arrays, **attributes))
-        proceed = partial(next(faster, self.function), backend, *arrays, **attributes)
+        function = self.function
+        for when, faster in self.implementations.get(backend.name, ()):
+            if when(*arrays, **attributes):
+                function = faster
+                break
+        proceed = partial(function, backend, *arrays, **attributes)
         for observer in OBSERVERS:
             proceed = partial(observer, self, arrays, attributes, proceed)
         return proceed()

@@ -11,6 +11,7 @@ Learning objectives. After this module you can
 from __future__ import annotations
 
 import copy
+import itertools
 import math
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from textwrap import indent
@@ -719,10 +720,24 @@ class Sequential(Row):
         return dict(list(self._layers().items())[index])  # a part of a network keeps its names
 
     def forward(self, x: Any) -> Any:
-        layers = self.__dict__
-        for name in self._names:
-            x = layers[name](x)
+        layers, done = [self.__dict__[name] for name in self._names], False
+        for layer, following in itertools.zip_longest(layers, layers[1:]):
+            if done:  # together with the layer before it
+                done = False
+                continue
+            both = None
+            for fusion in FUSIONS:
+                both = both or fusion(layer, following)
+            x, done = (both or layer)(x), both is not None
         return x
+
+
+FUSIONS: list[Callable[[Any, Any], Callable | None]] = []
+
+
+def attach_fusion(fusion: Callable[[Any, Any], Callable | None]) -> None:
+    """Have `fusion(layer, following)` asked for a function that does the work of both at once, or None."""
+    FUSIONS.append(fusion)
 
 
 def test_sequential_runs_in_order_and_names_like_pytorch() -> None:

@@ -14,7 +14,7 @@ import math
 from bisect import bisect_right
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Sequence
-from typing import Any
+from typing import Any, ClassVar
 
 from tinytorch.backends import Backend, backend_of
 from tinytorch.m01_setup import assert_close, message_of, print_table, run_module, seconds
@@ -176,9 +176,12 @@ class Optimizer:
         param_groups: the groups; changing an option in one changes the next step.
         state: what is remembered of each parameter.
         keeps: names of what a subclass always remembers; a saved state without them is refused.
+        together: functions that take an optimizer of this very class, a group and those of its parameters that have
+            gradients, update as many as they can at once, and return the others.
     """
 
     keeps: tuple[str, ...] = ()
+    together: ClassVar[dict[type[Optimizer], Callable]] = {}
 
     def __init__(self, params: Iterable[Any], defaults: dict[str, Any]) -> None:
         owner = type(self).__name__
@@ -225,11 +228,11 @@ class Optimizer:
         if closure is not None:
             with enable_grad():
                 loss = closure()
+        at_once = self.together.get(type(self))
         for group in self.param_groups:
-            for p in group["params"]:
-                grad = p.grad
-                if grad is not None:
-                    self._step_one(p, grad.data, group)
+            parameters = [p for p in group["params"] if p.grad is not None]
+            for p in at_once(self, group, parameters) if at_once else parameters:
+                self._step_one(p, p.grad.data, group)
         return loss
 
     def _step_one(self, p: Tensor, grad: Array, group: dict[str, Any]) -> None:
@@ -335,12 +338,17 @@ class SGD(Optimizer):
             "nesterov": nesterov, "maximize": maximize,
         })  # fmt: skip
 
+    def recall(self, xp: Backend, parameter: Array, state: dict, group: dict) -> tuple[Array | None, float]:
+        """The velocity, which is made at the first step, and how much it is dampened in this one."""
+        if not group["momentum"]:
+            return None, 0
+        if state.get("momentum_buffer") is not None:
+            return state["momentum_buffer"].data, group["dampening"]
+        state["momentum_buffer"] = Tensor(xp.zeros_like(parameter))
+        return state["momentum_buffer"].data, 0
+
     def update(self, xp: Backend, parameter: Array, grad: Array, state: dict, scratch: Array, group: dict) -> None:
-        velocity, dampening = None, group["dampening"]
-        if group["momentum"]:
-            if state.get("momentum_buffer") is None:
-                state["momentum_buffer"], dampening = Tensor(xp.zeros_like(parameter)), 0
-            velocity = state["momentum_buffer"].data
+        velocity, dampening = self.recall(xp, parameter, state, group)
         _sgd(xp, parameter, grad, velocity, scratch, group["lr"], group["momentum"], dampening, group["nesterov"])
 
 
@@ -408,7 +416,8 @@ class Adam(Optimizer):
             "maximize": maximize, "decoupled_weight_decay": decoupled_weight_decay,
         })  # fmt: skip
 
-    def update(self, xp: Backend, parameter: Array, grad: Array, state: dict, scratch: Array, group: dict) -> None:
+    def recall(self, xp: Backend, parameter: Array, state: dict, group: dict) -> tuple[Any, ...]:
+        """Both means and the largest square, which are made at the first step, and the rate and epsilon of this one."""
         if not state:
             state["step"] = 0
             state["exp_avg"], state["exp_avg_sq"] = (Tensor(xp.zeros_like(parameter)) for _ in range(2))
@@ -417,9 +426,13 @@ class Adam(Optimizer):
         state["step"] += 1
         (beta1, beta2), t = group["betas"], state["step"]
         correction = math.sqrt(1 - beta2**t)
-        rate, epsilon = group["lr"] * correction / (1 - beta1**t), group["eps"] * correction
-        mean, square = state["exp_avg"].data, state["exp_avg_sq"].data
         largest = state["max_exp_avg_sq"].data if group["amsgrad"] else None
+        rate, epsilon = group["lr"] * correction / (1 - beta1**t), group["eps"] * correction
+        return state["exp_avg"].data, state["exp_avg_sq"].data, largest, rate, epsilon
+
+    def update(self, xp: Backend, parameter: Array, grad: Array, state: dict, scratch: Array, group: dict) -> None:
+        mean, square, largest, rate, epsilon = self.recall(xp, parameter, state, group)
+        beta1, beta2 = group["betas"]
         _adam(xp, parameter, grad, mean, square, largest, scratch, rate, beta1, beta2, epsilon)
 
 

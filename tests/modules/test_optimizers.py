@@ -249,6 +249,36 @@ def test_a_step_that_is_no_update_of_ours() -> None:
         Optimizer([w], {"lr": 1.0}).step()
 
 
+def test_parameters_may_be_updated_together(monkeypatch: pytest.MonkeyPatch) -> None:
+    a, b, c, d = weights((2,), (3,), (2,), (4,))
+    for p in (a, b, c):
+        p.grad = tensor(np.ones(p.shape, "float32"))
+    optimizer = SGD([{"params": [a, b, d]}, {"params": [c], "lr": 2.0}], lr=1.0)
+    before, seen = [p.numpy().copy() for p in (a, b, c, d)], []
+
+    def all_but_b(given: Optimizer, group: dict, parameters: list[Tensor]) -> list[Tensor]:
+        assert given is optimizer
+        seen.append((group["lr"], [id(p) for p in parameters]))
+        for p in parameters:
+            p.data[...] = 7 if p is not b else p.data
+        return [p for p in parameters if p is b]
+
+    monkeypatch.setitem(Optimizer.together, SGD, all_but_b)
+    optimizer.step()
+    assert seen == [(1.0, [id(a), id(b)]), (2.0, [id(c)])]  # d has no gradient
+    assert_close(b, before[1] - 1)
+    for p, expected in ((a, [7, 7]), (c, [7, 7]), (d, before[3])):
+        assert_close(p, expected)
+
+    class Mine(SGD):
+        def update(self, xp, parameter, grad, state, scratch, group):
+            parameter[...] = 1
+
+    Mine([a]).step()
+    assert_close(a, [1, 1])  # a subclass may do something else: nothing is taken over from its base
+    assert len(seen) == 2
+
+
 def test_repr_shows_the_options_of_each_group() -> None:
     a, b = weights((2,), (2,))
     text = repr(SGD([{"params": [a]}, {"params": [b], "lr": 0.5}], lr=0.25))
