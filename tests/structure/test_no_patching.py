@@ -76,9 +76,15 @@ def violations(source: str) -> list[str]:
     return found
 
 
+# Numba's settings are attributes of its module; this one is changed while a kernel is wrapped, and put back.
+SETTINGS = {"kernels/cpu/jit.py": {"numba.config"}}
+
+
 @pytest.mark.parametrize("path", SOURCES, ids=lambda path: str(path.relative_to(ROOT)))
 def test_nothing_imported_is_patched(path: Path) -> None:
-    assert violations(path.read_text(encoding="utf-8")) == []
+    settings = SETTINGS.get(path.relative_to(ROOT).as_posix(), set())
+    found = violations(path.read_text(encoding="utf-8"))
+    assert [line for line in found if line.partition(": ")[2] not in settings] == []
 
 
 @pytest.mark.parametrize(
