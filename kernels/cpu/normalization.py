@@ -1,0 +1,288 @@
+"""Layer norm and batch norm, both ways, and sums over all axes but one.
+
+Arithmetic is nothing here and memory is all. A row of layer norm stays in the first-level cache between the pass that
+finds its mean and the pass that uses it; so do, to a lesser degree, the planes of one channel of batch norm. Backward,
+one pass serves the sums that the input's gradient needs and those that are the weight's and the bias's gradients.
+
+Deviations are taken from a first guess of the mean, and the rest is taken away afterwards: where the mean is 1000 times
+the standard deviation, a float32 has no room for the mean's last digits, but it has for the deviation's.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import numpy as np
+from numba import prange
+
+from tinytorch.kernels.cpu.jit import kernel, plain, run
+
+BLOCK = 8192  # elements that are worth to be dealt out to a core; but for a core's own sums
+MOST_BLOCKS = 64
+
+
+@kernel(fastmath={"contract"}, forceinline=True)
+def deviation_of(value, guess, rest):
+    """value - (guess + rest), taken away in this order, which the kernels below leave to the compiler otherwise."""
+    return (value - guess) - rest
+
+
+@kernel(forceinline=True)
+def not_negative(variance):
+    """0 where rounding left less of a variance; nan stays nan."""
+    return variance * 0 if variance < 0 else variance
+
+
+# -- layer norm: x (rows, columns), weight and bias (columns,) ---------------------------------------------------------
+
+
+@kernel
+def normalize_rows(x, weight, bias, eps, out, mean, variance, start, stop):
+    """out = weight (x - mean) / sqrt(variance + eps) + bias, for the rows from start to stop."""
+    columns = x.shape[1]
+    count = np.float32(columns)
+    for row in range(start, stop):
+        values, result = x[row], out[row]
+        guess = np.float32(0)
+        for i in range(columns):
+            guess += values[i]
+        guess /= count
+        rest, square = np.float32(0), np.float32(0)
+        for i in range(columns):
+            deviation = values[i] - guess
+            rest += deviation
+            square += deviation * deviation
+        rest /= count
+        square = not_negative(square / count - rest * rest)
+        mean[row], variance[row] = guess + rest, square
+        r = np.float32(1 / math.sqrt(square + eps))
+        for i in range(columns):
+            result[i] = deviation_of(values[i], guess, rest) * (weight[i] * r) + bias[i]
+
+
+@kernel(parallel=True)
+def normalize_rows_parallel(x, weight, bias, eps, out, mean, variance, start, stop):
+    size = max(1, BLOCK // x.shape[1])
+    for block in prange((stop - start + size - 1) // size):
+        first = start + block * size
+        normalize_rows(x, weight, bias, eps, out, mean, variance, first, min(first + size, stop))
+
+
+@kernel
+def rows_backward(g, x, weight, mean, variance, eps, out, sums, start, stop):
+    """out = the gradient carried to x; sums (blocks, 2, columns) = Σ g x̂ and Σ g over each block's rows.
+
+    For the blocks from start to stop. Sums of sums are more precise, and each core has memory of its own.
+    """
+    columns, blocks = x.shape[1], len(sums)
+    count = np.float32(columns)
+    for block in range(start, stop):
+        to_weight, to_bias = sums[block, 0], sums[block, 1]
+        to_weight[:] = 0
+        to_bias[:] = 0
+        for row in range(len(x) * block // blocks, len(x) * (block + 1) // blocks):
+            slopes, values, result = g[row], x[row], out[row]
+            guess, r = mean[row], np.float32(1 / math.sqrt(variance[row] + eps))
+            average, along, rest = np.float32(0), np.float32(0), np.float32(0)
+            for i in range(columns):
+                inner, deviation = slopes[i] * weight[i], values[i] - guess
+                average += inner
+                along += inner * deviation
+                rest += deviation
+            rest /= count  # what the mean lost when it became a float32
+            along = (along - rest * average) * (r * r / count)
+            average /= count
+            for i in range(columns):
+                deviation = deviation_of(values[i], guess, rest)
+                result[i] = r * (slopes[i] * weight[i] - average - deviation * along)
+                to_weight[i] += slopes[i] * (deviation * r)
+                to_bias[i] += slopes[i]
+
+
+@kernel(parallel=True)
+def rows_backward_parallel(g, x, weight, mean, variance, eps, out, sums, start, stop):
+    for block in prange(start, stop):
+        rows_backward(g, x, weight, mean, variance, eps, out, sums, block, block + 1)
+
+
+# -- batch norm: x (pictures, channels, inner), weight and bias (channels,) --------------------------------------------
+
+
+@kernel(forceinline=True)
+def sum_of(values):
+    total = np.float32(0)
+    for i in range(len(values)):
+        total += values[i]
+    return total
+
+
+@kernel
+def normalize_planes(x, weight, bias, eps, out, mean, variance, start, stop):
+    """out = weight (x - mean) / sqrt(variance + eps) + bias, for the channels from start to stop.
+
+    The sums over a plane are float32, those of all planes float64.
+    """
+    pictures, _, inner = x.shape
+    count = pictures * inner
+    for channel in range(start, stop):
+        guess = sum_of(x[0, channel]) / np.float32(inner)
+        rest, square = 0.0, 0.0
+        for picture in range(pictures):
+            values = x[picture, channel]
+            total, squares = np.float32(0), np.float32(0)
+            for i in range(inner):
+                deviation = values[i] - guess
+                total += deviation
+                squares += deviation * deviation
+            rest += total
+            square += squares
+        rest /= count
+        square = not_negative(square / count - rest * rest)
+        mean[channel], variance[channel] = guess + rest, square
+        scale = weight[channel] / math.sqrt(square + eps)
+        slope, shift = np.float32(scale), np.float32(bias[channel] - rest * scale)
+        for picture in range(pictures):
+            values, result = x[picture, channel], out[picture, channel]
+            for i in range(inner):
+                result[i] = (values[i] - guess) * slope + shift
+
+
+@kernel(parallel=True)
+def normalize_planes_parallel(x, weight, bias, eps, out, mean, variance, start, stop):
+    for channel in prange(start, stop):
+        normalize_planes(x, weight, bias, eps, out, mean, variance, channel, channel + 1)
+
+
+@kernel
+def planes_backward(g, x, weight, mean, variance, eps, out, sums, start, stop):
+    """out = the gradient carried to x; sums[0] = Σ g x̂, sums[1] = Σ g; for the channels from start to stop."""
+    pictures, _, inner = x.shape
+    count = pictures * inner
+    for channel in range(start, stop):
+        guess, r = mean[channel], 1 / math.sqrt(variance[channel] + eps)
+        average, along, rest = 0.0, 0.0, 0.0
+        for picture in range(pictures):
+            slopes, values = g[picture, channel], x[picture, channel]
+            total, products, deviations = np.float32(0), np.float32(0), np.float32(0)
+            for i in range(inner):
+                deviation = values[i] - guess
+                total += slopes[i]
+                products += slopes[i] * deviation
+                deviations += deviation
+            average += total
+            along += products
+            rest += deviations
+        rest /= count  # what the mean lost when it became a float32
+        along -= rest * average
+        sums[0, channel], sums[1, channel] = along * r, average
+        # scale (g - average - x̂ along), of which all but two products and two sums is done here.
+        scale = weight[channel] * r
+        turn = -scale * along * r * r / count
+        shift = -scale * average / count - turn * rest
+        scale, turn, shift = np.float32(scale), np.float32(turn), np.float32(shift)
+        for picture in range(pictures):
+            slopes, values, result = g[picture, channel], x[picture, channel], out[picture, channel]
+            for i in range(inner):
+                result[i] = slopes[i] * scale + ((values[i] - guess) * turn + shift)
+
+
+@kernel(parallel=True)
+def planes_backward_parallel(g, x, weight, mean, variance, eps, out, sums, start, stop):
+    for channel in prange(start, stop):
+        planes_backward(g, x, weight, mean, variance, eps, out, sums, channel, channel + 1)
+
+
+@kernel
+def add_planes(x, out, start, stop):
+    """out = the sum of each channel's planes, for the channels from start to stop."""
+    for channel in range(start, stop):
+        total = 0.0
+        for picture in range(x.shape[0]):
+            total += sum_of(x[picture, channel])
+        out[channel] = total
+
+
+@kernel(parallel=True)
+def add_planes_parallel(x, out, start, stop):
+    for channel in prange(start, stop):
+        add_planes(x, out, channel, channel + 1)
+
+
+# -- entry points ------------------------------------------------------------------------------------------------------
+
+
+def layout(shape: tuple, dims: Any, weight_shape: tuple | None) -> str:
+    """Which kernels fit: "rows" if the last axes go and each place in them has a weight, "planes" if all but axis 1 go
+    and each channel has a weight; "" for all others. A weight may be missing."""
+    axes = sorted(d % len(shape) for d in dims)
+    kept = len(shape) - len(axes)
+    if axes == list(range(kept, len(shape))) and weight_shape in (None, shape[kept:]):
+        return "rows"
+    channel = (shape[1], *(1,) * (len(axes) - 1)) if len(shape) > 2 else ()
+    return "planes" if channel and axes == [0, *range(2, len(shape))] and weight_shape in (None, channel) else ""
+
+
+def _arranged(x: np.ndarray, dims: Any, weight_shape: tuple | None) -> tuple[bool, tuple, tuple]:
+    """Whether x is rows; the shape that kernels know it by, of which the last axis but the planes' has the weights; and
+    the shape of mean and variance."""
+    kind = layout(x.shape, dims, weight_shape)
+    if not kind:
+        raise ValueError(f"normalize: no kernel for {x.shape} over {dims} with a weight of shape {weight_shape}")
+    axes = {d % x.ndim for d in dims}
+    statistics = tuple(1 if d in axes else n for d, n in enumerate(x.shape))
+    if kind == "rows":
+        kept = x.ndim - len(axes)
+        return True, (math.prod(x.shape[:kept]), math.prod(x.shape[kept:])), statistics
+    return False, (*x.shape[:2], math.prod(x.shape[2:])), statistics
+
+
+def normalize(
+    xp: Any, x: np.ndarray, weight: np.ndarray | None = None, bias: np.ndarray | None = None, *, dims: Any, eps: float
+) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """weight (x - mean) / sqrt(variance + eps) + bias, the mean, the variance; over axes that `layout` knows."""
+    rows, shape, statistics = _arranged(x, dims, None if weight is None else weight.shape)
+    out = np.empty(x.shape, np.float32)
+    if not x.size:
+        return out, np.full(statistics, np.nan, np.float32), np.full(statistics, np.nan, np.float32)
+    mean, variance = np.empty(statistics, np.float32), np.empty(statistics, np.float32)
+    scale = np.ones(shape[1], np.float32) if weight is None else plain(weight).reshape(-1)
+    shift = np.zeros(shape[1], np.float32) if bias is None else plain(bias).reshape(-1)
+    kernels = (normalize_rows, normalize_rows_parallel) if rows else (normalize_planes, normalize_planes_parallel)
+    run(*kernels, x.size, plain(x).reshape(shape), scale, shift, eps, out.reshape(shape), mean.reshape(-1),
+        variance.reshape(-1), 0, shape[0] if rows else shape[1])  # fmt: skip
+    return out, mean, variance
+
+
+def normalize_gradients(
+    xp: Any, g: np.ndarray, x: np.ndarray, weight: np.ndarray | None, mean: np.ndarray, variance: np.ndarray, *,
+    dims: Any, eps: float, shape: tuple | None,
+) -> tuple[np.ndarray, ...]:  # fmt: skip
+    """The gradients of `normalize` carried to x and, with a shape, to weight and bias, which have that shape."""
+    rows, seen, _ = _arranged(x, dims, None if weight is None else weight.shape)
+    out = np.empty(x.shape, np.float32)
+    scale = np.ones(seen[1], np.float32) if weight is None else plain(weight).reshape(-1)
+    arrays = plain(g).reshape(seen), plain(x).reshape(seen), scale, plain(mean).reshape(-1), plain(variance).reshape(-1)
+    if not x.size:
+        sums = np.zeros((2, seen[1]), np.float32)
+    elif rows:
+        blocks = max(1, min(MOST_BLOCKS, seen[0] // 32))
+        parts = np.empty((blocks, 2, seen[1]), np.float32)
+        run(rows_backward, rows_backward_parallel, x.size, *arrays, eps, out.reshape(seen), parts, 0, blocks)
+        sums = np.add.reduce(parts, axis=0)
+    else:
+        sums = np.empty((2, seen[1]), np.float32)
+        run(planes_backward, planes_backward_parallel, x.size, *arrays, eps, out.reshape(seen), sums, 0, seen[1])
+    return (out,) if shape is None else (out, sums[0].reshape(shape), sums[1].reshape(shape))
+
+
+def channel_sums(x: np.ndarray) -> np.ndarray:
+    """The sums over all axes but axis 1: (N, C, …) -> (C,)."""
+    out, shape = np.empty(x.shape[1], np.float32), (*x.shape[:2], math.prod(x.shape[2:]))
+    run(add_planes, add_planes_parallel, x.size // 4, plain(x).reshape(shape), out, 0, x.shape[1])
+    return out
+
+
+def sum_over_all_but_channels(xp: Any, x: np.ndarray, *, dim: tuple, keepdim: bool = False) -> np.ndarray:
+    """`sum` over the axes 0, 2 and 3 of (N, C, H, W)."""
+    return channel_sums(x)

@@ -1,0 +1,226 @@
+"""Normalisation kernels equal the operations both ways, also where the mean is large, and stay in their arrays."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+import pytest
+from hypothesis import example, given, settings
+from hypothesis import strategies as st
+
+from tests.kernels.guarded import guarded, guarded_empty
+from tests.kernels.pictures import LAYOUTS, XP, laid_out, near
+from tinytorch import m09_spatial as m09
+from tinytorch.kernels.cpu import normalization
+
+layouts = st.sampled_from(LAYOUTS)
+seeds = st.integers(0, 1 << 30)
+sizes = st.integers(1, 7) | st.integers(1, 150)
+
+
+@st.composite
+def cases(draw: Any) -> tuple[tuple, tuple, tuple]:
+    """A shape, the axes to normalise over, and the weight's shape: of layer norm or of batch norm."""
+    if draw(st.booleans()):
+        lead = draw(st.lists(st.integers(1, 6), max_size=2)) + draw(st.lists(st.integers(1, 90), max_size=1))
+        shape = (*lead, draw(sizes), *draw(st.lists(st.integers(1, 3), max_size=1)))
+        axes = range(len(lead), len(shape))
+        return shape, tuple(axes if draw(st.booleans()) else (d - len(shape) for d in axes)), shape[len(lead) :]
+    inner = draw(st.lists(st.integers(1, 12), min_size=1, max_size=3))
+    shape = (draw(st.integers(1, 9)), draw(st.integers(1, 5)), *inner)
+    return shape, (0, *range(2, len(shape))), (shape[1], *(1 for _ in inner))
+
+
+def values(seed: int, shape: tuple, mean: float = 0.0) -> np.ndarray:
+    return np.random.default_rng(seed).normal(mean, 1, shape).astype("float32")
+
+
+def double(array: np.ndarray | None) -> np.ndarray | None:
+    return None if array is None else array.astype("float64")
+
+
+def check_both_ways(
+    shape: tuple, dims: tuple, weight_shape: tuple, seed: int, mean: float, layout: str = "plain", affine: bool = True,
+    eps: float = 1e-3,
+) -> None:  # fmt: skip
+    x, g = (laid_out(values(seed + i, shape, m), layout) for i, m in enumerate((mean, 0.5)))
+    weight = laid_out(values(seed + 2, weight_shape, 1), layout) if affine else None
+    bias = laid_out(values(seed + 3, weight_shape), layout) if affine else None
+    exact = m09.normalize.function(XP, double(x), double(weight), double(bias), dims=dims, eps=eps)
+    results = normalization.normalize(XP, x, weight, bias, dims=dims, eps=eps)
+    near(results[0], exact[0])
+    near(results[2], exact[2])
+    np.testing.assert_allclose(results[1], exact[1], rtol=1e-6, atol=1e-6 * np.abs(x).max())  # a sum of both signs
+
+    expected = m09.normalize_gradients.function(
+        XP, double(g), double(x), double(weight), *exact[1:], dims=dims, eps=eps, shape=weight_shape)  # fmt: skip
+    # What is left of differences and sums is compared with what they are made of.
+    largest = np.abs(g).max() * (np.abs(weight).max() if affine else 1) / math.sqrt(exact[2].min() + eps)
+    gradients = normalization.normalize_gradients(
+        XP, g, x, weight, *results[1:], dims=dims, eps=eps, shape=weight_shape)  # fmt: skip
+    summed = np.abs(g).sum() / math.prod(weight_shape)
+    for result, wanted, scale in zip(gradients, expected, (largest, summed, summed), strict=True):
+        assert result.dtype == np.float32
+        np.testing.assert_allclose(result, wanted, rtol=1e-5, atol=3e-6 * scale)
+    only = normalization.normalize_gradients(XP, g, x, weight, *results[1:], dims=dims, eps=eps, shape=None)
+    assert len(only) == 1
+    assert np.array_equal(only[0], gradients[0])
+
+
+@given(cases(), seeds, st.sampled_from([0.0, 5.0, 1000.0]), layouts, st.booleans())
+@example(((768, 128), (1,), (128,)), 0, 0.0, "plain", True)
+@example(((3, 130, 257), (2,), (257,)), 0, 1000.0, "plain", True)
+@example(((32, 16, 20, 20), (0, 2, 3), (16, 1, 1)), 0, 1000.0, "plain", True)
+@example(((5, 3, 129, 129), (0, 2, 3), (3, 1, 1)), 0, 1000.0, "turned", False)
+@settings(deadline=None, max_examples=200)
+def test_both_ways(case: tuple, seed: int, mean: float, layout: str, affine: bool) -> None:
+    check_both_ways(*case, seed, mean, layout, affine)
+
+
+@pytest.mark.parametrize("case", [((64, 96), (1,), (96,)), ((8, 3, 16, 16), (0, 2, 3), (3, 1, 1))])
+def test_large_means_cost_no_digits(case: tuple) -> None:
+    """A float32 of 1000 is off by up to 3e-5, which is more than is lost here."""
+    shape, dims, weight_shape = case
+    x, g, weight = values(0, shape, 1000), values(1, shape), values(2, weight_shape)
+    out, mean, variance = normalization.normalize(XP, x, weight, weight, dims=dims, eps=1e-5)
+    exact = m09.normalize.function(XP, *(double(a) for a in (x, weight, weight)), dims=dims, eps=1e-5)
+    gradients = normalization.normalize_gradients(
+        XP, g, x, weight, mean, variance, dims=dims, eps=1e-5, shape=weight_shape)  # fmt: skip
+    expected = m09.normalize_gradients.function(
+        XP, *(double(a) for a in (g, x, weight)), *exact[1:], dims=dims, eps=1e-5, shape=weight_shape)  # fmt: skip
+    for result, wanted in zip((out, *gradients), (exact[0], *expected), strict=True):
+        near(result, wanted, rtol=5e-7)
+
+
+def test_pictures_that_differ_much() -> None:
+    """The first plane's mean, which deviations are taken from, may be far from the mean of all."""
+    x = values(0, (16, 3, 10, 10)) + np.arange(16, dtype="float32")[::-1, None, None, None] * 100
+    exact = m09.normalize.function(XP, double(x), dims=(0, 2, 3), eps=1e-5)
+    for result, wanted in zip(normalization.normalize(XP, x, dims=(0, 2, 3), eps=1e-5), exact, strict=True):
+        near(result, wanted)
+
+
+def test_constant_rows_and_planes() -> None:
+    """All deviations are one rounding error; their variance is 0, and must not come out below."""
+    for number in np.random.default_rng(0).normal(0, 100, 300).astype("float32"):
+        for shape, dims in (((3, 33), (1,)), ((3, 2, 3, 7), (0, 2, 3))):
+            x = np.full(shape, number)
+            out, mean, variance = normalization.normalize(XP, x, dims=dims, eps=0.0)
+            assert ((variance >= 0) & (variance <= 1e-12 * number**2)).all()
+            np.testing.assert_allclose(mean, np.full(mean.shape, number), rtol=2e-7)
+            out = normalization.normalize(XP, x, dims=dims, eps=1e-5)[0]
+            assert np.abs(out).max() <= 1e-7 * abs(number) / math.sqrt(1e-5)
+
+
+def test_nan_and_infinity_stay_in_their_row_or_channel() -> None:
+    for bad in (math.nan, math.inf):
+        x = values(0, (5, 40))
+        x[2, 7] = bad
+        out = normalization.normalize(XP, x, dims=(1,), eps=1e-5)[0]
+        assert np.isnan(out).any(axis=1).tolist() == [False, False, True, False, False]
+        pictures = values(0, (5, 3, 4, 4))
+        pictures[3, 1, 2, 2] = bad
+        out = normalization.normalize(XP, pictures, dims=(0, 2, 3), eps=1e-5)[0]
+        assert np.isnan(out).any(axis=(0, 2, 3)).tolist() == [False, True, False]
+
+
+@pytest.mark.parametrize(
+    ("shape", "dims", "weight_shape"),
+    [((0, 5), (1,), (5,)), ((3, 0), (1,), (0,)), ((0, 2, 3, 3), (0, 2, 3), (2, 1, 1)),
+     ((4, 2, 0), (0, 2), (2, 1)), ((4, 0, 3), (0, 2), (0, 1))],
+)  # fmt: skip
+def test_empty(shape: tuple, dims: tuple, weight_shape: tuple) -> None:
+    x, weight = np.empty(shape, "float32"), np.ones(weight_shape, "float32")
+    out, mean, variance = normalization.normalize(XP, x, weight, weight, dims=dims, eps=1e-5)
+    assert out.shape == shape
+    assert mean.shape == variance.shape == tuple(1 if d in dims else n for d, n in enumerate(shape))
+    gradients = normalization.normalize_gradients(
+        XP, x, x, weight, mean, variance, dims=dims, eps=1e-5, shape=weight_shape)  # fmt: skip
+    assert [part.shape for part in gradients] == [shape, weight_shape, weight_shape]
+    assert not gradients[1].any()
+
+
+@given(st.integers(0, 20), st.integers(1, 9), st.lists(st.integers(0, 40), max_size=2), layouts, seeds)
+@example(16, 3, [32, 32], "plain", 0)
+@settings(deadline=None, max_examples=60)
+def test_channel_sums(pictures: int, channels: int, inner: list, layout: str, seed: int) -> None:
+    x = laid_out(values(seed, (pictures, channels, *inner), 1), layout)
+    axes = (0, *range(2, x.ndim))
+    near(normalization.channel_sums(x), double(x).sum(axis=axes))
+
+
+def test_layout() -> None:
+    known = normalization.layout
+    assert known((4, 8), (1,), (8,)) == known((4, 8), (-1,), None) == known((2, 3, 4), (1, 2), (3, 4)) == "rows"
+    assert known((4, 8, 5), (0, 2), (8, 1)) == known((4, 8, 5, 5), (0, -2, -1), None) == "planes"
+    assert known((4, 8), (0,), (8,)) == ""  # a channel's numbers do not lie together
+    assert known((4, 8, 5, 5), (2, 3), (8, 1, 1)) == ""  # instance norm
+    assert known((4, 2, 4, 5), (2, 3), (2, 4, 1)) == ""  # group norm
+    assert known((4, 8, 5), (0, 2), (1,)) == known((4, 8), (1,), (1,)) == known((4, 8, 5), (1,), None) == ""
+    x = np.ones((4, 8), "float32")
+    with pytest.raises(ValueError, match=r"no kernel for \(4, 8\) over \(0,\)"):
+        normalization.normalize(XP, x, dims=(0,), eps=1e-5)
+
+
+# -- memory and cores --------------------------------------------------------------------------------------------------
+
+
+def arguments(rows: bool, shape: tuple, place: Callable, empty: Callable) -> tuple[list, list]:
+    """What the forward and the backward kernel take before start and stop; outputs filled by `empty`."""
+    count = shape[0] if rows else shape[1]
+    x, g = place(values(0, shape)), place(values(1, shape))
+    weight, bias = place(values(2, shape[1:2])), place(values(3, shape[1:2]))
+    mean, variance = place(values(4, (count,))), place(values(5, (count,)) ** 2 + 1)
+    sums = empty((3, 2, shape[1]) if rows else (2, shape[1]))
+    forward = [x, weight, bias, 1e-5, empty(shape), empty((count,)), empty((count,))]
+    return forward, [g, x, weight, mean, variance, 1e-5, empty(shape), sums]
+
+
+@pytest.mark.parametrize("end", [True, False])
+@pytest.mark.parametrize("columns", [1, 7, 16, 17, 33, 64, 65, 100])
+def test_at_protected_pages(columns: int, end: bool) -> None:
+    for rows, shape in ((True, (5, columns)), (False, (3, 2, columns))):
+        kernels = (
+            (normalization.normalize_rows, normalization.rows_backward)
+            if rows
+            else (normalization.normalize_planes, normalization.planes_backward)
+        )
+        expected = arguments(rows, shape, lambda array: array, lambda shape: np.empty(shape, "float32"))
+        checked = arguments(
+            rows, shape, lambda array: guarded(array, end), lambda shape: guarded_empty(shape, end=end))  # fmt: skip
+        counts = (shape[0], 3) if rows else (shape[1], shape[1])
+        for kernel, count, plain, protected in zip(kernels, counts, expected, checked, strict=True):
+            kernel(*plain, 0, count)
+            kernel(*protected, 0, count)
+            for one, other in zip(plain, protected, strict=True):
+                np.testing.assert_allclose(other, one, rtol=1e-5, atol=1e-6)
+    normalization.add_planes(guarded(values(0, (2, 3, columns)), end), guarded_empty(3, end=end), 0, 3)
+
+
+def test_one_core_and_several() -> None:
+    for rows, shape in ((True, (300, 50)), (False, (6, 7, 200))):
+        twins = (
+            (normalization.normalize_rows, normalization.normalize_rows_parallel),
+            (normalization.rows_backward, normalization.rows_backward_parallel),
+        ) if rows else (
+            (normalization.normalize_planes, normalization.normalize_planes_parallel),
+            (normalization.planes_backward, normalization.planes_backward_parallel),
+        )  # fmt: skip
+        alone, together = (
+            arguments(rows, shape, lambda array: array, lambda shape: np.zeros(shape, "float32")) for _ in range(2)
+        )
+        counts = (shape[0], 3) if rows else (shape[1], shape[1])
+        for (serial, parallel), count, first, second in zip(twins, counts, alone, together, strict=True):
+            serial(*first, 0, count)
+            parallel(*second, 0, count)
+            for one, other in zip(first, second, strict=True):
+                # The compiler may have chosen another order of sums in each.
+                np.testing.assert_allclose(one, other, rtol=1e-5, atol=1e-5)
+    out, other = np.zeros(9, "float32"), np.zeros(9, "float32")
+    x = values(0, (8, 9, 100))
+    normalization.add_planes(x, out, 0, 9)
+    normalization.add_planes_parallel(x, other, 0, 9)
+    np.testing.assert_allclose(out, other, rtol=1e-5, atol=1e-4)
