@@ -1,0 +1,318 @@
+"""Products of int8 matrices with int32 sums, and the scales that turn them into float32 in the same pass.
+
+Newer CPUs have one instruction, `vpdpbusd`, for all of `sums[n] += Σ_k a[k]·w[n, k]` with four depths k and sixteen
+columns n: 64 products where a float32 instruction makes 16. LLVM never finds it in a loop, so the kernel calls it. It
+wants unsigned bytes on one side: a + 128 takes the place of a, and sums start at -128·Σ_k w[n, k] instead of 0. All
+arithmetic is modulo 2³², so this is exact wherever the result fits into an int32: for any K below 2¹⁷. Other CPUs
+multiply pairs of int16 and add them up, two depths at a time.
+
+A weight is packed once, in panels of COLUMNS outputs. A strip of rows of `a` is copied to a scratch in the nearer cache
+(there 128 is added). Strips and panels are padded, so that no loop has a special case at its end. ROWS rows of a strip
+meet a panel in `tile`, which keeps ROWS × COLUMNS sums in registers. The sums go through a small block in the nearest
+cache to where they are scaled and written.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from llvmlite import ir
+from numba import prange, types
+from numba.core import cgutils
+from numba.extending import intrinsic, models, register_model
+
+from tinytorch.kernels.cpu.jit import CPU, cores, features, kernel, plain, run
+from tinytorch.kernels.cpu.vectors import I32, I64, LANES, address, call, floats, splat
+
+__all__ = ["Packed", "int8_linear", "int8_matmul", "pack"]
+
+VNNI = "avx512vnni" in features()
+I8, I16 = ir.IntType(8), ir.IntType(16)
+ROWS = 6  # of a tile, times VECTORS vectors of sums, leaves just enough of the 32 registers, or 16, for the factors
+VECTORS = 4 if CPU == "avx512" else 2
+COLUMNS = LANES * VECTORS
+DEPTHS = 4 if VNNI else 2  # how many products an instruction adds up; of `a`, they fill four bytes of a strip
+SHIFT = 128 if VNNI else 0
+STRIP_DTYPE = np.dtype(np.int8 if VNNI else np.int16)
+STRIP_BYTES = 96 << 10  # of the scratch: small beside a second-level cache, and malloc need not ask the system for it
+
+
+@dataclass(frozen=True)
+class Packed:
+    """A weight (N, K) of int8 in the layout that this CPU's kernel reads; of no use elsewhere: save the weight itself.
+
+    Attributes:
+        panels: (⌈N / COLUMNS⌉, …): COLUMNS outputs after another, with zeros behind the last output and depth.
+        sums: of each output's weights; zeros behind the last.
+        starts: what the sums of products start with.
+    """
+
+    shape: tuple[int, int]
+    panels: np.ndarray
+    sums: np.ndarray
+    starts: np.ndarray
+
+
+def pack(weight: np.ndarray) -> Packed:
+    """Prepare a weight of int8, (N, K) as in a linear layer, for `int8_matmul` and `int8_linear`."""
+    if weight.dtype != np.int8 or weight.ndim != 2:
+        raise ValueError(f"pack: expected an int8 array (N, K), got {weight.dtype} of shape {weight.shape}")
+    N, K = weight.shape
+    count, depth = -(-N // COLUMNS), -(-K // DEPTHS) * DEPTHS
+    padded = np.zeros((count * COLUMNS, depth), np.int8)
+    padded[:N, :K] = weight
+    panels, sums = padded.reshape(count, COLUMNS, depth), padded.sum(axis=1, dtype=np.int32)
+    together = panels.view(f"int{8 * DEPTHS}")  # now (panel, depths, column, DEPTHS)
+    panels = np.ascontiguousarray(together.transpose(0, 2, 1)).view(np.int8).reshape(count, COLUMNS * depth)
+    return Packed((N, K), panels, sums, np.int32(-SHIFT) * sums)
+
+
+# -- the tile --------------------------------------------------------------------------------------------------------
+
+SUMS, PAIRS, BYTES = ir.VectorType(I32, LANES), ir.VectorType(I16, 2 * LANES), ir.VectorType(I8, 2 * LANES)
+
+
+class SumsType(types.Type):
+    """Numba's type of LANES int32 in a register."""
+
+    def __init__(self) -> None:
+        super().__init__(name=f"Vector(int32, {LANES})")
+
+
+sums_type = SumsType()
+
+
+@register_model(SumsType)
+class SumsModel(models.PrimitiveModel):
+    def __init__(self, manager: Any, numba_type: Any) -> None:
+        super().__init__(manager, numba_type, SUMS)
+
+
+def at(b: Any, address: Any, kind: Any, distance: int = 0) -> Any:
+    """LLVM: the pointer to something at an address."""
+    return b.inttoptr(b.add(address, ir.Constant(I64, distance)), kind.as_pointer())
+
+
+@intrinsic
+def first_sums(typing, rows, starts):
+    """For each of the rows the same VECTORS vectors, from an address on."""
+    kind = types.UniTuple(sums_type, rows.count * VECTORS)
+
+    def generate(context, b, signature, arguments):
+        row = [b.load(at(b, arguments[1], SUMS, 4 * LANES * v), align=4) for v in range(VECTORS)]
+        return context.make_tuple(b, kind, row * rows.count)
+
+    return kind(rows, starts), generate
+
+
+@intrinsic
+def add_products(typing, sums, rows, place, panel):
+    """Add the products of DEPTHS depths: four bytes at each row's address + `place` with COLUMNS columns at `panel`."""
+
+    def generate(context, b, signature, arguments):
+        sums_, rows_, place, panel = arguments
+        old, new = cgutils.unpack_tuple(b, sums_, sums.count), []
+        columns = [b.load(at(b, panel, COLUMN, DEPTHS * LANES * v), align=1) for v in range(VECTORS)]
+        for r, row in enumerate(cgutils.unpack_tuple(b, rows_, rows.count)):
+            four = splat(b, b.load(at(b, b.add(row, place), I32), align=4), LANES)
+            new += [dot(b, old[VECTORS * r + v], four, columns[v]) for v in range(VECTORS)]
+        return context.make_tuple(b, sums, new)
+
+    return sums(sums, rows, place, panel), generate
+
+
+def dot_vnni(b: Any, sums: Any, four: Any, columns: Any) -> Any:
+    """LLVM: add to each sum four products of unsigned and signed bytes."""
+    return call(b, "llvm.x86.avx512.vpdpbusd.512", SUMS, [sums, four, columns])
+
+
+def dot_pairs(b: Any, sums: Any, two: Any, columns: Any) -> Any:
+    """LLVM: add to each sum two products of int16. It sees that x86 has an instruction for this: pmaddwd."""
+    factors = b.bitcast(two, PAIRS), b.sext(columns, PAIRS)
+    products = b.mul(*(b.sext(x, ir.VectorType(I32, 2 * LANES)) for x in factors))
+    odd_and_even = [ir.Constant(ir.VectorType(I32, LANES), list(range(k, 2 * LANES, 2))) for k in (0, 1)]
+    halves = [b.shuffle_vector(products, products, places) for places in odd_and_even]
+    return b.add(sums, b.add(*halves))
+
+
+dot, COLUMN = (dot_vnni, SUMS) if VNNI else (dot_pairs, BYTES)
+
+
+@intrinsic
+def store_sums(typing, address, sums):
+    """Write vector after vector from an address on."""
+
+    def generate(context, b, signature, arguments):
+        for v, vector in enumerate(cgutils.unpack_tuple(b, arguments[1], sums.count)):
+            b.store(vector, at(b, arguments[0], SUMS, 4 * LANES * v), align=4)
+        return context.get_dummy_value()
+
+    return types.void(address, sums), generate
+
+
+@kernel
+def tile(rows, panel, starts, steps, block):
+    """Rows, given by their addresses, times a panel: as many rows of COLUMNS sums, in `block`."""
+    sums = first_sums(rows, starts)
+    for step in range(steps):
+        sums = add_products(sums, rows, 4 * step, panel + DEPTHS * COLUMNS * step)
+    store_sums(block, sums)
+
+
+@kernel
+def products(count, row, width, panel, starts, steps, block):
+    """Do as much for `count` rows, `width` bytes apart: with the smallest of four tiles that has so many."""
+    second, third, fourth = row + width, row + 2 * width, row + 3 * width
+    if count > 4:
+        tile((row, second, third, fourth, row + 4 * width, row + 5 * width), panel, starts, steps, block)
+    elif count > 2:
+        tile((row, second, third, fourth), panel, starts, steps, block)
+    elif count > 1:
+        tile((row, second), panel, starts, steps, block)
+    else:
+        tile((row,), panel, starts, steps, block)
+
+
+# -- strips and panels -------------------------------------------------------------------------------------------------
+
+
+@kernel
+def copy_rows(a, first, strip):
+    """Rows of `a` from `first` on, shifted, into the strip. What it has more of, anything, meets zeros of the panel."""
+    for r in range(min(len(strip), len(a) - first)):
+        for k in range(a.shape[1]):
+            strip[r, k] = np.int8(a[first + r, k] ^ np.int8(-SHIFT))  # in eight bits, + 128 flips the uppermost
+
+
+@kernel
+def write_sums(rows, columns, block, where, step):
+    """Copy the block's sums to `where`, rows `step` bytes apart; bits are bits, so floats() does for int32."""
+    for r in range(rows):
+        sums, out = floats(address(block) + 4 * COLUMNS * r, columns), floats(where + step * r, columns)
+        for c in range(columns):
+            out[c] = sums[c]
+
+
+@kernel
+def write_scaled(rows, columns, block, where, step, zeros, weights, a_scales, scales, addends):
+    """Write scale · (sums - zero point · sum of weights) + bias as float32."""
+    for r in range(rows):
+        out, zero, factor = floats(where + step * r, columns), zeros[r], a_scales[r]
+        for c in range(columns):
+            total = np.int32(block[r, c] - np.int32(zero * weights[c]))
+            out[c] = np.float32(total) * (factor * scales[c]) + addends[c]
+
+
+@kernel
+def spread(x, first, out):
+    """out = x[first : first + len(out)], with zeros behind the last; one number in x stands for all."""
+    for i in range(len(out)):
+        place = first + i if len(x) != 1 else 0
+        out[i] = x[place] if place < len(x) else 0
+
+
+@kernel
+def matmul_part(part, parts, a, panels, sums, starts, a_zero, scaled, a_scale, w_scale, bias, out):
+    """One of the parts of all pairs of a strip and a panel. `out` holds int32 or, if scaled, float32 in their place."""
+    (M, N), count, depth = out.shape, len(panels), panels.shape[1] // COLUMNS
+    steps, width = depth // DEPTHS, depth // DEPTHS * 4
+    height = ROWS * max(min(STRIP_BYTES // (ROWS * max(width, 1)), (M + ROWS - 1) // ROWS), 1)
+    pairs = (M + height - 1) // height * count
+    strip, block = np.empty((height, depth), STRIP_DTYPE), np.empty((ROWS, COLUMNS), np.int32)
+    scales, addends = np.empty(COLUMNS, np.float32), np.empty(COLUMNS, np.float32)
+    zeros, a_scales = np.empty(height, np.int32), np.empty(height, np.float32)
+    copied = -1
+    for pair in range(pairs * part // parts, pairs * (part + 1) // parts):
+        row, panel = pair // count * height, pair % count
+        column = panel * COLUMNS
+        if row != copied:
+            copy_rows(a, row, strip)
+            spread(a_zero, row, zeros)
+            spread(a_scale, row, a_scales)
+            copied = row
+        spread(w_scale, column, scales)
+        spread(bias, column, addends)
+        columns, last = min(COLUMNS, N - column), min(height, M - row)
+        for r in range(0, last, ROWS):
+            rows, where = min(ROWS, last - r), address(out) + 4 * ((row + r) * N + column)
+            products(
+                rows, address(strip) + r * width, width, address(panels) + panel * panels.shape[1],
+                address(starts) + 4 * column, steps, address(block),
+            )  # fmt: skip
+            if scaled:
+                weights = sums[column:]
+                write_scaled(rows, columns, block, where, 4 * N, zeros[r:], weights, a_scales[r:], scales, addends)
+            else:
+                write_sums(rows, columns, block, where, 4 * N)
+
+
+@kernel
+def matmul_serial(parts, *arguments):
+    for part in range(parts):
+        matmul_part(part, parts, *arguments)
+
+
+@kernel(parallel=True)
+def matmul_parallel(parts, a, panels, sums, starts, a_zero, scaled, a_scale, w_scale, bias, out):
+    for part in prange(parts):
+        matmul_part(part, parts, a, panels, sums, starts, a_zero, scaled, a_scale, w_scale, bias, out)
+
+
+# -- entry points ------------------------------------------------------------------------------------------------------
+
+
+def int8_matmul(xp: Any, a: np.ndarray, packed: Packed) -> np.ndarray:
+    """a @ weight.T, exactly: int8 (M, K) with a packed (N, K) gives int32 (M, N).
+
+    The same in NumPy: `a.astype("int32") @ weight.T.astype("int32")`.
+    """
+    return multiply("int8_matmul", a, packed, ZERO, False, ONE, ONE, NONE)
+
+
+def int8_linear(
+    xp: Any, a: np.ndarray, a_scale: Any, packed: Packed, weight_scale: Any, bias: np.ndarray | None = None,
+    a_zero_point: Any = 0,
+) -> np.ndarray:  # fmt: skip
+    """A linear layer of float32 from int8: (M, K) with a packed (N, K) gives float32 (M, N).
+
+    The same in NumPy, with a_scale and a_zero_point as columns (M, 1) if there is one for each row:
+    `a_scale * weight_scale * ((a.astype("int32") - a_zero_point) @ weight.T.astype("int32")) + bias`.
+
+    Args:
+        a_scale, a_zero_point: of all rows, or one for each, (M,).
+        weight_scale: of all outputs, or one for each, (N,).
+    """
+    scales = (
+        row_of("a_scale", a_scale, len(a), np.float32),
+        row_of("weight_scale", weight_scale, packed.shape[0], np.float32),
+    )
+    zero = row_of("a_zero_point", a_zero_point, len(a), np.int32)
+    addend = NONE if bias is None else row_of("bias", bias, packed.shape[0], np.float32)
+    return multiply("int8_linear", a, packed, zero, True, *scales, addend).view(np.float32)
+
+
+ZERO, ONE, NONE = np.zeros(1, np.int32), np.ones(1, np.float32), np.zeros(0, np.float32)
+
+
+def row_of(name: str, values: Any, count: int, dtype: Any) -> np.ndarray:
+    """One number, or one for each, as a plain array."""
+    row = np.asarray(values, dtype).reshape(-1)
+    if row.size not in (1, count):
+        raise ValueError(f"int8_linear: {name} has shape {np.shape(values)}, expected one number or ({count},)")
+    return plain(row)
+
+
+def multiply(name: str, a: np.ndarray, packed: Packed, *scaling: Any) -> np.ndarray:
+    (N, K), M = packed.shape, len(a)
+    if a.dtype != np.int8 or a.ndim != 2 or a.shape[1] != K:
+        raise ValueError(f"{name}: expected int8 (M, {K}) for a weight {packed.shape}, got {a.dtype} {a.shape}")
+    out = np.empty((M, N), np.int32)
+    # A second core is worth its waking from 50 µs of one core on: 25 million products, or 5 MB of weights.
+    work = max(M * N * K // (768 if VNNI else 128), N * K // 128)
+    run(
+        matmul_serial, matmul_parallel, work, cores(), plain(a), packed.panels, packed.sums, packed.starts,
+        *scaling, out,
+    )  # fmt: skip
+    return out
