@@ -1,4 +1,4 @@
-"""The command `tinytorch`: `doctor`, `modules`, `test`, `milestone`, `show`, `predict` and `generate`.
+"""The command `tinytorch`: `doctor`, `modules`, `test`, `milestone`, `show`, `predict`, `generate`, `kernels` and more.
 
 Whatever takes time to import is imported inside the command that needs it.
 """
@@ -221,6 +221,41 @@ def generate(
 
     choices = {"temperature": temperature, "top_k": top_k, "top_p": top_p, "repetition_penalty": repetition_penalty}
     _or_fail(generate, run, prompt, tokens, seed, as_json, device, **choices)
+
+
+@app.command(epilog="Example: tinytorch kernels --json")
+def kernels(as_json: JsonOption = False) -> None:
+    """List which kernel runs in the place of which operation, when, and for which CPU it is compiled."""
+    from tinytorch import m16_acceleration_appendix as acceleration
+
+    report = acceleration.describe_kernels()
+    if as_json:
+        print(json.dumps(report, indent=2))
+        return
+    columns = ("operation", "backend", "kernel", "why")
+    print_rows(columns, [tuple(row[column] for column in columns) for row in report["kernels"]])
+    print(f"Kernels are {report['state']}. Compiled for {report['cpu']} with {report['lanes']} floats in a vector, "
+          f"on {report['cores']} core(s).")  # fmt: skip
+    print(f"{report['compiled']} compiled functions, {report['bytes'] / 1e6:.1f} MB, are kept in {report['cache']}")
+
+
+@app.command(epilog="Example: tinytorch warmup")
+def warmup(as_json: JsonOption = False) -> None:
+    """Compile every kernel for this CPU, once, so that no program has to wait for it."""
+    from rich.console import Console
+    from rich.progress import track
+
+    from tinytorch import m16_acceleration_appendix as acceleration
+
+    console = Console(stderr=True, quiet=as_json)
+    rows = [acceleration.warm_up(kernel) for kernel in track(acceleration.KERNELS, "compiling", console=console)]
+    rows.append(acceleration.warm_up_optimizers())
+    if as_json:
+        print(json.dumps(rows, indent=2))
+        return
+    slowest = sorted(rows, key=lambda row: -row["seconds"])[:5]
+    print_rows(("the slowest", "seconds"), [(row["kernel"], f"{row['seconds']:.2f}") for row in slowest])
+    print(f"{len(rows)} kernels are ready, after {sum(row['seconds'] for row in rows):.1f} s.")
 
 
 def _or_fail(function: Any, *arguments: Any, **options: Any) -> Any:

@@ -280,6 +280,14 @@ MODULES = (
             "nn.functional": "layer_norm rms_norm",
         },
     ),
+    Module(
+        number=16,
+        name="acceleration",
+        title="Acceleration",
+        part="Systems",
+        checkpoint="Make an operation as fast as the machine allows, and say what the limit is",
+        exports={"": "kernels_enabled reference_kernels"},
+    ),
 )
 
 FACES = (

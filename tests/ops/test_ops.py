@@ -16,7 +16,7 @@ from tinytorch.m02_tensor import Op, Tensor, observe
 from tinytorch.m06_autograd import NON_DIFFERENTIABLE, RULES
 
 ROWS = {**OPS, **COMPOSITES}
-TABLE_MODULES = tuple(f"tinytorch.m{number:02}" for number in (2, 3, 4, 5, 9, 12, 13))
+TABLE_MODULES = tuple(f"tinytorch.m{number:02}" for number in (2, 3, 4, 5, 9, 12, 13, 16))
 SEED = 20_240_607
 SMOOTH = [name for name, row in ROWS.items() if row.smooth]
 
