@@ -52,6 +52,7 @@ def cuda_version() -> tuple[int, str]:
 def tests_cpu(session: nox.Session) -> None:
     """All tests on NumPy, and those of operations on array-api-strict too. Needs no PyTorch."""
     install(session, "test")
+    session.run("tinytorch", "warmup")  # tests that compare bits between processes need the same machine code in each
     pytest(session, "--ignore=tests/reference", "-m", "not gpu", devices="cpu,array_api_strict")
 
 
@@ -72,6 +73,16 @@ def tests_torch(session: nox.Session) -> None:
     """The tests of operations with PyTorch's tensors as the array library."""
     install(session, "test", "reference")
     pytest(session, "--ignore=tests/reference", "-m", "device and not gpu", devices="torch")
+
+
+@nox.session(name="tests-kernels")
+def tests_kernels(session: nox.Session) -> None:
+    """The kernels' tests as other CPUs compile them, on one thread, and with bounds checked. Takes minutes."""
+    install(session, "test")
+    for variant in ({"NUMBA_CPU_NAME": "haswell"}, {"NUMBA_CPU_NAME": "generic"}, {"NUMBA_NUM_THREADS": "1"},
+                    {"NUMBA_BOUNDSCHECK": "1"}):  # fmt: skip
+        session.log(f"kernels with {variant}")
+        session.run("python", "-m", "pytest", "-q", "tests/kernels", *session.posargs, env=variant)
 
 
 @nox.session(name="tests-reference")

@@ -24,6 +24,7 @@ from typing import Any
 # OpenBLAS reads these when it is loaded, and either can halve its speed; few users have them set.
 SLOWING = ("OPENBLAS_CORETYPE", "OPENBLAS_L2_SIZE")
 ONE_CORE = {"RAYON_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false"}  # `tokenizers` would take all, and ours one
+ONE_THREAD = {"OPENBLAS_NUM_THREADS": "1", "NUMBA_NUM_THREADS": "1"}
 CLEAR_REFS = "/proc/self/clear_refs"  # Linux: a 5 written to it has the peak of the memory start anew
 
 
@@ -35,6 +36,7 @@ class Case:
     calls: how many of what it names the call makes.
     seconds, ratio: what our figure must not exceed: seconds, or a multiple of PyTorch's figure.
     memory: whether the figure is not the time of the call but the bytes that it takes at its peak.
+    one_thread: whether NumPy and kernels may use one thread only.
     """
 
     name: str
@@ -44,6 +46,7 @@ class Case:
     ratio: float | None = None
     memory: bool = False
     reference: str = "torch"
+    one_thread: bool = False
 
 
 def small_op(requires_grad: bool) -> Callable[[Any], Callable[[], Any]]:
@@ -107,8 +110,11 @@ class Convolution:
         return nn.Conv2d(self.channels, self.outputs, 3, stride=self.stride, padding=1), x
 
     def forward(self, library: Any) -> Callable[[], Any]:
+        """With a ReLU behind it."""
         layer, x = self.layer(library)
-        return library.no_grad()(lambda: layer(x))
+        nn, _ = parts_of(library)
+        both = nn.Sequential(layer, nn.ReLU())
+        return library.no_grad()(lambda: both(x))
 
     def backward(self, library: Any) -> Callable[[], Any]:
         """Of the input, the weight and the bias."""
@@ -118,8 +124,7 @@ class Convolution:
         return lambda: library.autograd.grad(out, wanted, g, retain_graph=True)
 
 
-CONVOLUTIONS = (Convolution(3, 32, 32), Convolution(32, 64, 16), Convolution(32, 64, 32), Convolution(64, 128, 16),
-                Convolution(32, 64, 32, stride=2))  # fmt: skip
+CONVOLUTIONS = (Convolution(3, 32, 32), Convolution(32, 64, 16), Convolution(32, 64, 32), Convolution(64, 128, 16))
 
 
 def layer_and_back(build: Callable[[Any], Any], *shape: int) -> Callable[[Any], Callable[[], Any]]:
@@ -133,17 +138,56 @@ def layer_and_back(build: Callable[[Any], Any], *shape: int) -> Callable[[Any], 
     return make
 
 
-def cnn_step(batch: int) -> Callable[[Any], Callable[[], Any]]:
-    """A training step of the SimpleCNN of module 09, with Adam, on pictures of 3×32×32."""
+def simple_cnn(library: Any) -> Any:
+    """The SimpleCNN of module 09 for pictures of 3×32×32, by PyTorch's names."""
+    nn, _ = parts_of(library)
+    library.manual_seed(0)
+    return nn.Sequential(
+        nn.Conv2d(3, 32, 3, padding=1), nn.ReLU(), nn.MaxPool2d(2),
+        nn.Conv2d(32, 64, 3, padding=1), nn.ReLU(), nn.MaxPool2d(2),
+        nn.Flatten(), nn.Linear(4096, 128), nn.ReLU(), nn.Linear(128, 10),
+    )  # fmt: skip
+
+
+def resnet_8(library: Any) -> Any:
+    """The ResNet-8 for CIFAR of module 09's appendix, by PyTorch's names."""
+    nn, _ = parts_of(library)
+    F = importlib.import_module(f"{library.__name__}.nn.functional")
+    library.manual_seed(0)
+
+    class Block(nn.Module):  # type: ignore[name-defined]
+        def __init__(self, before: int, width: int, stride: int) -> None:
+            super().__init__()
+            self.stride, self.added = stride, (width - before) // 2
+            self.conv1 = nn.Conv2d(before, width, 3, stride, padding=1, bias=False)
+            self.conv2 = nn.Conv2d(width, width, 3, padding=1, bias=False)
+            self.bn1, self.bn2 = nn.BatchNorm2d(width), nn.BatchNorm2d(width)
+
+        def forward(self, x: Any) -> Any:
+            out = self.bn2(self.conv2(F.relu(self.bn1(self.conv1(x)))))
+            if self.added:
+                x = F.pad(x[:, :, :: self.stride, :: self.stride], (0, 0, 0, 0, self.added, self.added))
+            return F.relu(out + x)
+
+    class ResNet(nn.Module):  # type: ignore[name-defined]
+        def __init__(self) -> None:
+            super().__init__()
+            self.conv, self.bn = nn.Conv2d(3, 16, 3, padding=1, bias=False), nn.BatchNorm2d(16)
+            self.blocks = nn.Sequential(Block(16, 16, 1), Block(16, 32, 2), Block(32, 64, 2))
+            self.fc = nn.Linear(64, 10)
+
+        def forward(self, x: Any) -> Any:
+            return self.fc(self.blocks(F.relu(self.bn(self.conv(x)))).mean((2, 3)))
+
+    return ResNet()
+
+
+def picture_step(network: Callable[[Any], Any], batch: int) -> Callable[[Any], Callable[[], Any]]:
+    """A training step, with Adam, of a network on pictures of 3×32×32 and ten classes."""
 
     def build(library: Any) -> Callable[[], Any]:
         nn, optim = parts_of(library)
-        library.manual_seed(0)
-        model = nn.Sequential(
-            nn.Conv2d(3, 32, 3, padding=1), nn.ReLU(), nn.MaxPool2d(2),
-            nn.Conv2d(32, 64, 3, padding=1), nn.ReLU(), nn.MaxPool2d(2),
-            nn.Flatten(), nn.Linear(4096, 128), nn.ReLU(), nn.Linear(128, 10),
-        )  # fmt: skip
+        model = network(library)
         pictures, labels = library.randn(batch, 3, 32, 32), library.randint(0, 10, (batch,))
         update, loss = optim.Adam(model.parameters(), lr=1e-3), nn.CrossEntropyLoss()
 
@@ -153,6 +197,16 @@ def cnn_step(batch: int) -> Callable[[Any], Callable[[], Any]]:
             update.step()
 
         return step
+
+    return build
+
+
+def picture_inference(network: Callable[[Any], Any], batch: int) -> Callable[[Any], Callable[[], Any]]:
+    """The scores of pictures of 3×32×32."""
+
+    def build(library: Any) -> Callable[[], Any]:
+        model, pictures = network(library).eval(), library.randn(batch, 3, 32, 32)
+        return library.no_grad()(lambda: model(pictures))
 
     return build
 
@@ -239,20 +293,42 @@ def bpe_encoding(library: Any) -> Callable[[], Any]:
     return lambda: library.Tokenizer.from_str(content).encode(text)
 
 
+def integer_product(library: Any) -> Callable[[], Any]:
+    """1024×1024 by 1024×1024: ours of int8, NumPy's of float32."""
+    if library.__name__ == "numpy":
+        a, b = (library.ones((1024, 1024), library.float32) for _ in range(2))
+        return lambda: a @ b
+    library.manual_seed(0)
+    a, weight = (library.randint(-128, 128, (1024, 1024)).to(library.int8).data for _ in range(2))
+    from tinytorch.backends import get_backend
+    from tinytorch.kernels.cpu.quantized import int8_matmul, pack
+
+    packed, backend = pack(weight), get_backend("cpu")
+    return lambda: int8_matmul(backend, a, packed)
+
+
 CASES = (
     Case("x + x, 4 elements", small_op(requires_grad=False), calls=100, seconds=1.5e-6),
     Case("x + x, recorded", small_op(requires_grad=True), calls=100),
-    Case("MLP step, SGD", mlp_step("SGD"), ratio=1.0),
-    Case("MLP step, Adam", mlp_step("Adam"), ratio=1.0),
-    *(Case(f"{c}, forward", c.forward) for c in CONVOLUTIONS),
-    *(Case(f"{c}, backward", c.backward) for c in CONVOLUTIONS),
+    Case("MLP step, SGD", mlp_step("SGD"), ratio=0.9),
+    Case("MLP step, Adam", mlp_step("Adam"), ratio=0.9),
+    *(Case(f"{c} + ReLU, forward", c.forward, ratio=0.95) for c in CONVOLUTIONS),
+    *(Case(f"{c}, backward", c.backward, ratio=0.9) for c in CONVOLUTIONS),
+    Case("conv 32-64, 32x32, stride 2 + ReLU, forward", Convolution(32, 64, 32, stride=2).forward),
+    Case("conv 32-64, 32x32, stride 2, backward", Convolution(32, 64, 32, stride=2).backward),
     Case("batch norm 64x32x32x32, both ways", layer_and_back(lambda nn: nn.BatchNorm2d(32), 64, 32, 32, 32)),
     Case("max pool 2, 64x32x32x32, both ways", layer_and_back(lambda nn: nn.MaxPool2d(2), 64, 32, 32, 32)),
     Case("average pool 2, 64x32x32x32, both ways", layer_and_back(lambda nn: nn.AvgPool2d(2), 64, 32, 32, 32)),
-    Case("SimpleCNN step, batch 64", cnn_step(64)),
-    Case("SimpleCNN step, batch 256, peak memory", cnn_step(256), ratio=1.5, memory=True),
-    Case("GPT step, 4 layers, 128 wide, T 64, batch 12", gpt_step(4, 4, 128, 64, 12), ratio=1.2),
-    Case("GPT step, 6 layers, 256 wide, T 128, batch 8", gpt_step(6, 8, 256, 128, 8), ratio=1.2),
+    Case("SimpleCNN step, batch 64", picture_step(simple_cnn, 64), ratio=0.5),
+    Case("SimpleCNN inference, batch 64", picture_inference(simple_cnn, 64), ratio=0.35),
+    Case("SimpleCNN inference, batch 1", picture_inference(simple_cnn, 1), ratio=0.8),
+    Case("SimpleCNN step, batch 256, peak memory", picture_step(simple_cnn, 256), ratio=1.5, memory=True),
+    Case("ResNet-8 step, batch 128", picture_step(resnet_8, 128), ratio=0.7),
+    Case("GPT step, 4 layers, 128 wide, T 64, batch 12", gpt_step(4, 4, 128, 64, 12), ratio=0.5),
+    Case("GPT step, 6 layers, 256 wide, T 128, batch 8", gpt_step(6, 8, 256, 128, 8), ratio=0.5),
+    Case(
+        "1024^3 product, int8 beside NumPy's float32", integer_product, ratio=1 / 3, reference="numpy", one_thread=True
+    ),
     Case("BPE training, 1 MB to 4,096 tokens", bpe_training, seconds=10.0, reference="tokenizers"),
     Case("BPE encoding, 1 MB", bpe_encoding, seconds=1.0, reference="tokenizers"),
     Case("import", lambda library: lambda: None, seconds=0.1),  # measured by IMPORT_PROGRAM
@@ -296,6 +372,8 @@ def kilobytes(field: str) -> int:
 def measure(library: str, case: str) -> float:
     """The figure of a case on a library, seconds or bytes, measured in a new process."""
     environment = {name: value for name, value in os.environ.items() if name not in SLOWING} | ONE_CORE
+    if any(known.one_thread for known in CASES if known.name == case):
+        environment |= ONE_THREAD
     command = [sys.executable, "-m", "tinytorch.profiling.bench", "--measure", library, case]
     if case == "import":
         command = [sys.executable, "-c", IMPORT_PROGRAM.format(library)]
@@ -346,7 +424,7 @@ def show(seconds: float | None) -> str:
 def show_limit(row: dict[str, Any]) -> str:
     if row["limit_seconds"] is not None:
         return f"{show(row['limit_seconds'])}"
-    return f"{row['limit_ratio']:g} x" if row["limit_ratio"] is not None else "–"
+    return f"{row['limit_ratio']:.3g} x" if row["limit_ratio"] is not None else "–"
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -399,7 +477,7 @@ def report(rows: list[dict[str, Any]], as_json: bool) -> None:
         verdict = {True: "ok", False: "too slow", None: ""}[row["within"]]
         table.add_row(row["case"], show_figure(row), show_figure(row, "reference_"), ratio, show_limit(row), verdict)
     Console().print(table)
-    print("The other library is PyTorch; beside BPE it is tokenizers, both on one core.")
+    print("The other library is PyTorch. Beside BPE it is tokenizers, beside int8 NumPy, both on one core.")
     if any(row["ratio"] is None for row in rows):
         print("Where there is no ratio, it is not installed here: nox -s bench installs both.")
 
