@@ -11,6 +11,7 @@ import json
 import os
 import re
 import shutil
+import signal
 import subprocess
 import sys
 import tempfile
@@ -30,8 +31,9 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from rich.table import Table
 
 LEFT_OUT = (".*", "__pycache__", "build", "dist", "runs", "*.egg-info")
+CRASHES = {-getattr(signal, name): name for name in ("SIGABRT", "SIGBUS", "SIGSEGV") if hasattr(signal, name)}
 LONGEST = 300  # seconds for the tests of one fault
-WHERE_FROM = "import sys, tinytorch; tinytorch.Tensor; print(*[m.__file__ for n, m in sys.modules.items() " \
+WHERE_FROM = "import sys, tinytorch.kernels; tinytorch.Tensor; print(*[m.__file__ for n, m in sys.modules.items() " \
              "if n.partition('.')[0] == 'tinytorch'], sep='\\n')"  # fmt: skip
 
 
@@ -60,11 +62,13 @@ class Copy:
     def __init__(self, folder: Path) -> None:
         self.folder = Path(shutil.copytree(ROOT, folder.resolve(), ignore=shutil.ignore_patterns(*LEFT_OUT)))
         self.versions = 0
+        self.compiled = self.folder / ".numba"  # the machine code of the copy's kernels; nobody else's
         self._check_what_is_imported()
 
     def _run(self, *arguments: str, **environment: str) -> subprocess.CompletedProcess[str]:
         path = os.pathsep.join(filter(None, [str(self.folder), os.environ.get("PYTHONPATH")]))
-        variables = {**os.environ, "PYTHONPATH": path, "OPENBLAS_NUM_THREADS": "1", "COLUMNS": "200", **environment}
+        own = {"PYTHONPATH": path, "NUMBA_CACHE_DIR": str(self.compiled), "OPENBLAS_NUM_THREADS": "1", "COLUMNS": "200"}
+        variables = {**os.environ, **own, **environment}
         return subprocess.run(
             [sys.executable, *arguments], cwd=self.folder, env=variables, timeout=LONGEST,
             stdout=subprocess.PIPE, stderr=subprocess.STDOUT, encoding="utf-8", errors="replace",
@@ -90,13 +94,18 @@ class Copy:
     @contextmanager
     def planted(self, fault: Fault) -> Iterator[None]:
         """The copy with a fault in it."""
-        file = self.folder / fault.file
+        file, compiled = self.folder / fault.file, self.compiled
         source = file.read_text(encoding="utf-8")
         self._write(file, fault.planted(source))
+        if fault.file.startswith("kernels/"):  # Numba looks at the file of a function, not at what compiles or calls it
+            self.compiled = self.folder / ".numba-planted"
         try:
             yield
         finally:
             self._write(file, source)
+            if self.compiled is not compiled:
+                shutil.rmtree(self.compiled, ignore_errors=True)
+                self.compiled = compiled
 
     def _write(self, file: Path, text: str) -> None:
         file.write_text(text, encoding="utf-8", newline="\n")
@@ -114,6 +123,8 @@ def try_fault(copy: Copy, fault: Fault) -> Verdict:
     verdict.seconds = round(time.perf_counter() - start, 1)
     if outcome.status == 1 and outcome.failed:
         verdict.killed_by = outcome.failed
+    elif outcome.status in CRASHES:  # a kernel that writes outside its arrays need not get as far as a test's end
+        verdict.killed_by = f"a crash: {CRASHES[outcome.status]}"
     elif outcome.status == 0:
         verdict.problem = "survived"
     else:  # no test failed: the tests could not be collected, or did not end
