@@ -27,6 +27,7 @@ from tinytorch.kernels.cpu.vectors import (
     LANES,
     VECTOR,
     address,
+    apart,
     blank,
     broadcast,
     call,
@@ -199,17 +200,6 @@ def exp_or_zero(typing, x):
         return builder.select(builder.fcmp_ordered("<", x, real(-87.3)), real(0.0), result)
 
     return vector(vector), generate
-
-
-@intrinsic
-def apart(typing):
-    """The function that says this is kept as one, which others call: each copy of it would take time to compile."""
-
-    def generate(context, builder, signature, arguments):
-        builder.function.attributes.add("noinline")
-        return context.get_dummy_value()
-
-    return types.void(), generate
 
 
 # -- steps -------------------------------------------------------------------------------------------------------------

@@ -33,6 +33,7 @@ from tinytorch.kernels.cpu.vectors import (
     LANES,
     VECTOR,
     address,
+    apart,
     blank,
     call,
     floats,
@@ -348,17 +349,6 @@ def add_product(typing, tile, rows, columns, shifts):
         return packed(context, b, tile, parts)
 
     return tile(tile, rows, columns, types.int64), generate
-
-
-@intrinsic
-def apart(typing):
-    """The function that this stands in is not inlined: alone, LLVM finds registers for all that its loop needs."""
-
-    def generate(context, b, signature, arguments):
-        b.function.attributes.add("noinline")
-        return context.get_dummy_value()
-
-    return types.void(), generate
 
 
 @kernel

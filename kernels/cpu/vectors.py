@@ -17,8 +17,8 @@ from numba.extending import intrinsic, models, overload, register_model
 
 from tinytorch.kernels.cpu.jit import LANES
 
-__all__ = ["LANES", "address", "blank", "broadcast", "floats", "fma", "largest", "load", "load_part", "maximum",
-           "minimum", "store", "store_part", "total"]  # fmt: skip
+__all__ = ["LANES", "address", "apart", "blank", "broadcast", "floats", "fma", "largest", "load", "load_part",
+           "maximum", "minimum", "store", "store_part", "total"]  # fmt: skip
 
 F32, I1, I32, I64 = ir.FloatType(), ir.IntType(1), ir.IntType(32), ir.IntType(64)
 VECTOR = ir.VectorType(F32, LANES)
@@ -68,6 +68,20 @@ def address(typing, array):
         return b.ptrtoint(context.make_array(signature.args[0])(context, b, arguments[0]).data, I64)
 
     return types.int64(array), generate
+
+
+@intrinsic
+def apart(typing):
+    """Keep the function that this stands in as one, which others call and do not take in.
+
+    Alone, LLVM finds registers for all that its loop needs; and each copy of it would take time to compile.
+    """
+
+    def generate(context, b, signature, arguments):
+        b.function.attributes.add("noinline")
+        return context.get_dummy_value()
+
+    return types.void(), generate
 
 
 @intrinsic
