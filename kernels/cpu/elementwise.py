@@ -75,7 +75,7 @@ def times_power_of_two(typing, a, shifted):
     return vector(vector, vector), generate
 
 
-@kernel(fastmath=False, forceinline=True)
+@kernel(forceinline=True)
 def vexp(x):
     """e^x in every lane.
 
@@ -97,7 +97,7 @@ def vexp(x):
     return times_power_of_two(p, shifted)
 
 
-@kernel(fastmath=False, forceinline=True)
+@kernel(forceinline=True)
 def vtanh(x):
     """tanh x in every lane: x P(x²) / Q(x²) on [-9, 9], beyond which it rounds to ±1 (a minimax quotient, Eigen's)."""
     x = minimum(maximum(x, broadcast(-9.0)), broadcast(9.0))
@@ -114,7 +114,7 @@ def vtanh(x):
     return minimum(maximum(x * (p / q), broadcast(-1.0)), broadcast(1.0))  # rounding may lead beyond
 
 
-@kernel(fastmath=False, forceinline=True)
+@kernel(forceinline=True)
 def verf(x):
     """erf x in every lane: x P(x²) / Q(x²) on [-4, 4], beyond which it rounds to ±1 (Eigen's, too)."""
     x = minimum(maximum(x, broadcast(-4.0)), broadcast(4.0))
@@ -132,7 +132,7 @@ def verf(x):
     return minimum(maximum(x * (p / q), broadcast(-1.0)), broadcast(1.0))  # rounding may lead beyond
 
 
-@kernel(fastmath=False, forceinline=True)
+@kernel(forceinline=True)
 def vsigmoid(x):
     """1 / (1 + e^-x) in every lane, with no exponent above 0, so that the left tail keeps its digits."""
     e = vexp(minimum(x, blank() - x))

@@ -77,12 +77,14 @@ def _can_cache() -> bool:
 def kernel(function: Callable | None = None, *, parallel: bool = False, **options: Any) -> Any:
     """Compile a function with Numba when it is first called, without the interpreter's lock, and keep the result.
 
-    Sums may be added up in another order and a product and a sum may be rounded once, which is what lets the compiler
-    use vectors; nan and infinity keep their meaning. A division by zero gives them, as in NumPy.
+    Arithmetic is done as it is written (`fastmath` is off), so that a kernel gives the same bits wherever a copy of it
+    has been compiled: alone, as a part of its parallel twin, in this process or in another one. A compiler that may
+    change the order of a sum does it otherwise in each copy. A sum that is to be fast is written with vectors. A
+    division by zero gives nan or infinity, as in NumPy.
     """
     if function is None:
         return lambda f: kernel(f, parallel=parallel, **options)
-    options = {"fastmath": {"reassoc", "contract", "nsz", "arcp"}, "error_model": "numpy", **options}
+    options = {"error_model": "numpy", **options}
     before = numba.config.CACHE_DIR
     try:  # Numba looks at its cache folder while it wraps a function; other programs' functions keep theirs
         if _can_cache():

@@ -43,13 +43,13 @@ low = _shuffle("a's and b's lanes in turn, those of their first halves.", _TURNS
 high = _shuffle("a's and b's lanes in turn, those of their second halves.", _TURNS[LANES:])
 
 
-@kernel
+@kernel(forceinline=True)
 def load_some(address, count):
     """`count` float32, and zeros if that is less than a vector; never more than a vector."""
     return load(address) if count >= LANES else load_part(address, count)
 
 
-@kernel
+@kernel(forceinline=True)
 def store_some(address, value, count):
     """Write the first `count` lanes, all there are if `count` is more."""
     if count >= LANES:

@@ -17,21 +17,34 @@ import numpy as np
 from numba import prange
 
 from tinytorch.kernels.cpu.jit import kernel, plain, run
+from tinytorch.kernels.cpu.lines import load_some, store_some
+from tinytorch.kernels.cpu.vectors import LANES, address, blank, broadcast, fma, keep, total
 
 BLOCK = 8192  # elements that are worth to be dealt out to a core; but for a core's own sums
 MOST_BLOCKS = 64
-
-
-@kernel(fastmath={"contract"}, forceinline=True)
-def deviation_of(value, guess, rest):
-    """value - (guess + rest), taken away in this order, which the kernels below leave to the compiler otherwise."""
-    return (value - guess) - rest
 
 
 @kernel(forceinline=True)
 def not_negative(variance):
     """0 where rounding left less of a variance; nan stays nan."""
     return variance * 0 if variance < 0 else variance
+
+
+@kernel(forceinline=True)
+def sum_of(values, count):
+    """The sum of `count` float32 from an address on."""
+    a = b = blank()
+    for i in range(0, count, 2 * LANES):
+        a = a + load_some(values + 4 * i, count - i)
+        b = b + load_some(values + 4 * (i + LANES), count - i - LANES)
+    return total(a + b)
+
+
+@kernel(forceinline=True)
+def deviations(values, guess, rest):
+    """x - guess for a vector of which `rest` lanes, or all, are there; 0 in the others."""
+    result = load_some(values, rest) - guess
+    return result if rest >= LANES else keep(result, rest)
 
 
 # -- layer norm: x (rows, columns), weight and bias (columns,) ---------------------------------------------------------
@@ -43,22 +56,23 @@ def normalize_rows(x, weight, bias, eps, out, mean, variance, start, stop):
     columns = x.shape[1]
     count = np.float32(columns)
     for row in range(start, stop):
-        values, result = x[row], out[row]
-        guess = np.float32(0)
-        for i in range(columns):
-            guess += values[i]
-        guess /= count
-        rest, square = np.float32(0), np.float32(0)
-        for i in range(columns):
-            deviation = values[i] - guess
-            rest += deviation
-            square += deviation * deviation
-        rest /= count
-        square = not_negative(square / count - rest * rest)
-        mean[row], variance[row] = guess + rest, square
-        r = np.float32(1 / math.sqrt(square + eps))
-        for i in range(columns):
-            result[i] = deviation_of(values[i], guess, rest) * (weight[i] * r) + bias[i]
+        values, result = address(x) + 4 * row * columns, address(out) + 4 * row * columns
+        about = sum_of(values, columns) / count
+        guess = broadcast(about)
+        sums = squares = blank()
+        for i in range(0, columns, LANES):
+            deviation = deviations(values + 4 * i, guess, columns - i)
+            sums = sums + deviation
+            squares = fma(deviation, deviation, squares)
+        rest = total(sums) / count
+        square = not_negative(total(squares) / count - rest * rest)
+        mean[row], variance[row] = about + rest, square
+        scale, left = broadcast(np.float32(1 / math.sqrt(square + eps))), broadcast(rest)
+        for i in range(0, columns, LANES):
+            deviation = load_some(values + 4 * i, columns - i) - guess - left
+            slope = load_some(address(weight) + 4 * i, columns - i) * scale
+            shifted = fma(deviation, slope, load_some(address(bias) + 4 * i, columns - i))
+            store_some(result + 4 * i, shifted, columns - i)
 
 
 @kernel(parallel=True)
@@ -78,26 +92,32 @@ def rows_backward(g, x, weight, mean, variance, eps, out, sums, start, stop):
     columns, blocks = x.shape[1], len(sums)
     count = np.float32(columns)
     for block in range(start, stop):
-        to_weight, to_bias = sums[block, 0], sums[block, 1]
-        to_weight[:] = 0
-        to_bias[:] = 0
+        sums[block] = 0
+        to_weight = address(sums) + 8 * block * columns
+        to_bias = to_weight + 4 * columns
         for row in range(len(x) * block // blocks, len(x) * (block + 1) // blocks):
-            slopes, values, result = g[row], x[row], out[row]
-            guess, r = mean[row], np.float32(1 / math.sqrt(variance[row] + eps))
-            average, along, rest = np.float32(0), np.float32(0), np.float32(0)
-            for i in range(columns):
-                inner, deviation = slopes[i] * weight[i], values[i] - guess
-                average += inner
-                along += inner * deviation
-                rest += deviation
-            rest /= count  # what the mean lost when it became a float32
-            along = (along - rest * average) * (r * r / count)
-            average /= count
-            for i in range(columns):
-                deviation = deviation_of(values[i], guess, rest)
-                result[i] = r * (slopes[i] * weight[i] - average - deviation * along)
-                to_weight[i] += slopes[i] * (deviation * r)
-                to_bias[i] += slopes[i]
+            skip = 4 * row * columns
+            slopes, values, result = address(g) + skip, address(x) + skip, address(out) + skip
+            guess, r = broadcast(mean[row]), np.float32(1 / math.sqrt(variance[row] + eps))
+            inners = products = rests = blank()
+            for i in range(0, columns, LANES):
+                inner = load_some(slopes + 4 * i, columns - i) * load_some(address(weight) + 4 * i, columns - i)
+                deviation = deviations(values + 4 * i, guess, columns - i)
+                inners = inners + inner
+                products = fma(inner, deviation, products)
+                rests = rests + deviation
+            rest = total(rests) / count  # what the mean lost when it became a float32
+            average = total(inners) / count
+            along = broadcast((total(products) / count - rest * average) * (r * r))
+            left, scale, average = broadcast(rest), broadcast(r), broadcast(average)
+            for i in range(0, columns, LANES):
+                there = columns - i
+                slope, deviation = load_some(slopes + 4 * i, there), load_some(values + 4 * i, there) - guess - left
+                inner = slope * load_some(address(weight) + 4 * i, there) - average
+                store_some(result + 4 * i, scale * (inner - deviation * along), there)
+                products = fma(slope, deviation * scale, load_some(to_weight + 4 * i, there))
+                store_some(to_weight + 4 * i, products, there)
+                store_some(to_bias + 4 * i, load_some(to_bias + 4 * i, there) + slope, there)
 
 
 @kernel(parallel=True)
@@ -109,43 +129,37 @@ def rows_backward_parallel(g, x, weight, mean, variance, eps, out, sums, start, 
 # -- batch norm: x (pictures, channels, inner), weight and bias (channels,) --------------------------------------------
 
 
-@kernel(forceinline=True)
-def sum_of(values):
-    total = np.float32(0)
-    for i in range(len(values)):
-        total += values[i]
-    return total
-
-
 @kernel
 def normalize_planes(x, weight, bias, eps, out, mean, variance, start, stop):
     """out = weight (x - mean) / sqrt(variance + eps) + bias, for the channels from start to stop.
 
     The sums over a plane are float32, those of all planes float64.
     """
-    pictures, _, inner = x.shape
+    pictures, channels, inner = x.shape
     count = pictures * inner
     for channel in range(start, stop):
-        guess = sum_of(x[0, channel]) / np.float32(inner)
+        about = sum_of(address(x) + 4 * channel * inner, inner) / np.float32(inner)
+        guess = broadcast(about)
         rest, square = 0.0, 0.0
         for picture in range(pictures):
-            values = x[picture, channel]
-            total, squares = np.float32(0), np.float32(0)
-            for i in range(inner):
-                deviation = values[i] - guess
-                total += deviation
-                squares += deviation * deviation
-            rest += total
-            square += squares
+            values = address(x) + 4 * (picture * channels + channel) * inner
+            sums = squares = blank()
+            for i in range(0, inner, LANES):
+                deviation = deviations(values + 4 * i, guess, inner - i)
+                sums = sums + deviation
+                squares = fma(deviation, deviation, squares)
+            rest += total(sums)
+            square += total(squares)
         rest /= count
         square = not_negative(square / count - rest * rest)
-        mean[channel], variance[channel] = guess + rest, square
+        mean[channel], variance[channel] = about + rest, square
         scale = weight[channel] / math.sqrt(square + eps)
-        slope, shift = np.float32(scale), np.float32(bias[channel] - rest * scale)
+        slope, shift = broadcast(np.float32(scale)), broadcast(np.float32(bias[channel] - rest * scale))
         for picture in range(pictures):
-            values, result = x[picture, channel], out[picture, channel]
-            for i in range(inner):
-                result[i] = (values[i] - guess) * slope + shift
+            skip = 4 * (picture * channels + channel) * inner
+            for i in range(0, inner, LANES):
+                value = load_some(address(x) + skip + 4 * i, inner - i)
+                store_some(address(out) + skip + 4 * i, fma(value - guess, slope, shift), inner - i)
 
 
 @kernel(parallel=True)
@@ -157,34 +171,38 @@ def normalize_planes_parallel(x, weight, bias, eps, out, mean, variance, start, 
 @kernel
 def planes_backward(g, x, weight, mean, variance, eps, out, sums, start, stop):
     """out = the gradient carried to x; sums[0] = Σ g x̂, sums[1] = Σ g; for the channels from start to stop."""
-    pictures, _, inner = x.shape
+    pictures, channels, inner = x.shape
     count = pictures * inner
     for channel in range(start, stop):
-        guess, r = mean[channel], 1 / math.sqrt(variance[channel] + eps)
+        guess, r = broadcast(mean[channel]), 1 / math.sqrt(variance[channel] + eps)
         average, along, rest = 0.0, 0.0, 0.0
         for picture in range(pictures):
-            slopes, values = g[picture, channel], x[picture, channel]
-            total, products, deviations = np.float32(0), np.float32(0), np.float32(0)
-            for i in range(inner):
-                deviation = values[i] - guess
-                total += slopes[i]
-                products += slopes[i] * deviation
-                deviations += deviation
-            average += total
-            along += products
-            rest += deviations
+            skip = 4 * (picture * channels + channel) * inner
+            slopes = products = rests = blank()
+            for i in range(0, inner, LANES):
+                slope = load_some(address(g) + skip + 4 * i, inner - i)
+                deviation = deviations(address(x) + skip + 4 * i, guess, inner - i)
+                slopes = slopes + slope
+                products = fma(slope, deviation, products)
+                rests = rests + deviation
+            average += total(slopes)
+            along += total(products)
+            rest += total(rests)
         rest /= count  # what the mean lost when it became a float32
         along -= rest * average
         sums[0, channel], sums[1, channel] = along * r, average
         # scale (g - average - x̂ along), of which all but two products and two sums is done here.
         scale = weight[channel] * r
         turn = -scale * along * r * r / count
-        shift = -scale * average / count - turn * rest
-        scale, turn, shift = np.float32(scale), np.float32(turn), np.float32(shift)
+        shift = broadcast(np.float32(-scale * average / count - turn * rest))
+        slope_of_g, slope_of_x = broadcast(np.float32(scale)), broadcast(np.float32(turn))
         for picture in range(pictures):
-            slopes, values, result = g[picture, channel], x[picture, channel], out[picture, channel]
-            for i in range(inner):
-                result[i] = slopes[i] * scale + ((values[i] - guess) * turn + shift)
+            skip = 4 * (picture * channels + channel) * inner
+            for i in range(0, inner, LANES):
+                slope = load_some(address(g) + skip + 4 * i, inner - i)
+                deviation = load_some(address(x) + skip + 4 * i, inner - i) - guess
+                carried = fma(slope, slope_of_g, fma(deviation, slope_of_x, shift))
+                store_some(address(out) + skip + 4 * i, carried, inner - i)
 
 
 @kernel(parallel=True)
@@ -196,11 +214,12 @@ def planes_backward_parallel(g, x, weight, mean, variance, eps, out, sums, start
 @kernel
 def add_planes(x, out, start, stop):
     """out = the sum of each channel's planes, for the channels from start to stop."""
+    pictures, channels, inner = x.shape
     for channel in range(start, stop):
-        total = 0.0
-        for picture in range(x.shape[0]):
-            total += sum_of(x[picture, channel])
-        out[channel] = total
+        result = 0.0
+        for picture in range(pictures):
+            result += sum_of(address(x) + 4 * (picture * channels + channel) * inner, inner)
+        out[channel] = result
 
 
 @kernel(parallel=True)

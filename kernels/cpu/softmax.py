@@ -52,7 +52,7 @@ def first_lanes(typing, a, count, b):
     return vector(vector, types.int64, vector), generate
 
 
-@kernel(fastmath=False, forceinline=True)
+@kernel(forceinline=True)
 def row_maximum(start, count):
     """The largest element; where there is nan, it may be any."""
     result = broadcast(-np.inf)
@@ -65,7 +65,7 @@ def row_maximum(start, count):
     return largest(result)
 
 
-@kernel(fastmath=False, forceinline=True)
+@kernel(forceinline=True)
 def row_exponentials(start, count, highest, out):
     """Write e^(x - highest) to another row, and return their sum; nan if there is any nan."""
     result, highest = blank(), broadcast(highest)
@@ -81,7 +81,7 @@ def row_exponentials(start, count, highest, out):
     return total(result)
 
 
-@kernel(fastmath=False, forceinline=True)
+@kernel(forceinline=True)
 def row_sum_of_exponentials(start, count, highest):
     """The sum of e^(x - highest)."""
     result, highest = blank(), broadcast(highest)
@@ -94,7 +94,7 @@ def row_sum_of_exponentials(start, count, highest):
     return total(result)
 
 
-@kernel(fastmath=False, forceinline=True)
+@kernel(forceinline=True)
 def row_times(start, count, factor, out):
     """Write factor times the row to another row, which may be itself."""
     factor = broadcast(factor)
@@ -105,7 +105,7 @@ def row_times(start, count, factor, out):
         store_part(out + 4 * whole, load_part(start + 4 * whole, count - whole) * factor, count - whole)
 
 
-@kernel(fastmath=False, forceinline=True)
+@kernel(forceinline=True)
 def row_minus(start, count, first, second, out):
     """Write (x - first) - second to another row."""
     first, second = broadcast(first), broadcast(second)
@@ -121,7 +121,7 @@ def row_minus(start, count, first, second, out):
 # Each kernel does the rows from start to stop, and its twin deals out blocks of them.
 
 
-@kernel(fastmath=False)
+@kernel
 def softmax_rows(x, out, start, stop):
     """out = e^x / Σ e^x."""
     columns = x.shape[1]
@@ -139,7 +139,7 @@ def softmax_rows_parallel(x, out, start, stop):
         softmax_rows(x, out, first, min(first + size, stop))
 
 
-@kernel(fastmath=False)
+@kernel
 def log_softmax_rows(x, out, start, stop):
     """out = x - log Σ e^x."""
     columns = x.shape[1]
@@ -158,7 +158,7 @@ def log_softmax_rows_parallel(x, out, start, stop):
         log_softmax_rows(x, out, first, min(first + size, stop))
 
 
-@kernel(fastmath=False)
+@kernel
 def cross_entropy_rows(x, targets, losses, out, start, stop):
     """out = softmax of x, losses = -log of its element at each row's target; how many targets are none."""
     columns, wrong = x.shape[1], 0
@@ -185,7 +185,7 @@ def cross_entropy_rows_parallel(x, targets, losses, out, start, stop):
     return wrong
 
 
-@kernel(fastmath=False)
+@kernel
 def cross_entropy_backward(scale, probabilities, targets, out, start, stop):
     """out = scale (p - one_hot(target)); how many targets are none."""
     columns, wrong = out.shape[1], 0

@@ -17,7 +17,7 @@ from numba.extending import intrinsic, models, overload, register_model
 
 from tinytorch.kernels.cpu.jit import LANES
 
-__all__ = ["LANES", "address", "apart", "blank", "broadcast", "floats", "fma", "largest", "load", "load_part",
+__all__ = ["LANES", "address", "apart", "blank", "broadcast", "floats", "fma", "keep", "largest", "load", "load_part",
            "maximum", "minimum", "store", "store_part", "total"]  # fmt: skip
 
 F32, I1, I32, I64 = ir.FloatType(), ir.IntType(1), ir.IntType(32), ir.IntType(64)
@@ -121,6 +121,16 @@ def load_part(typing, address, count):
         return call(b, name, VECTOR, [pointer, ir.Constant(I32, 4), part_mask(b, arguments[1]), zeros])
 
     return vector(types.int64, types.int64), generate
+
+
+@intrinsic
+def keep(typing, value, count):
+    """The first `count` lanes, and zeros."""
+
+    def generate(context, b, signature, arguments):
+        return b.select(part_mask(b, arguments[1]), arguments[0], ir.Constant(VECTOR, [0.0] * LANES))
+
+    return vector(vector, types.int64), generate
 
 
 @intrinsic

@@ -14,13 +14,18 @@ XP = get_backend("cpu")
 
 
 @st.composite
-def geometries(draw: Any, longest: int = 40, largest_window: int = 5) -> Windows:
-    """Windows over pictures: of any size, stride, dilation and padding that is not the same on all sides."""
+def geometries(draw: Any, longest: int = 40, largest_window: int = 5, averages: bool = False) -> Windows:
+    """Windows over pictures: of any size, stride, dilation and padding that is not the same on all sides.
+
+    Args:
+        averages: only what average pooling takes, where each window has a pixel in it.
+    """
     axes = []
     for _ in range(2):
-        size, dilation = draw(st.integers(1, largest_window)), draw(st.integers(1, 3))
+        size, dilation = draw(st.integers(1, largest_window)), 1 if averages else draw(st.integers(1, 3))
         stride = draw(st.one_of(st.integers(1, 3), st.integers(1, 7)))
-        padding = draw(st.integers(0, size)), draw(st.integers(0, size + stride))
+        most = (size // 2, size // 2) if averages else (size, size + stride)
+        padding = draw(st.integers(0, most[0])), draw(st.integers(0, most[1]))
         span = dilation * (size - 1) + 1
         shortest = max(1, span - sum(padding))
         axes.append((draw(st.integers(shortest, max(longest, shortest))), size, stride, padding, dilation))

@@ -134,7 +134,7 @@ def test_threads_change_nothing(make: type[Optimizer], options: dict, monkeypatc
         results.append([p.data for p in pair.ours])
     for other in results[1:]:
         for x, y in zip(results[0], other, strict=True):
-            np.testing.assert_allclose(x, y, rtol=1e-5, atol=1e-6)  # a sum is rounded otherwise where vectors begin
+            np.testing.assert_array_equal(x, y)
 
 
 def test_arrays_that_were_replaced_are_found() -> None:

@@ -67,7 +67,7 @@ def test_indices_of_maxima(windows: Windows, lead: tuple, seed: int) -> None:
     np.testing.assert_array_equal(indices, m09.gather_from_maxima.function(XP, numbers, x, out, windows=windows))
 
 
-@given(geometries(), leads, layouts, seeds, st.booleans(), st.sampled_from([None, 3]))
+@given(geometries(averages=True), leads, layouts, seeds, st.booleans(), st.sampled_from([None, 3]))
 @example(HALVES, (3,), "plain", 0, False, None)
 @example(windows_of((4, 66), 2, 2), (3,), "plain", 0, True, 3)
 @settings(deadline=None, max_examples=150)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import filecmp
 import json
 import os
 import signal
@@ -211,7 +212,7 @@ def test_ctrl_c_and_resume_end_with_the_same_bits(
     assert "resumed_after_epoch" not in report_of(tmp_path / "whole")
     assert names(out) == RESULTS[name]
     for file in ("last.safetensors", "best.safetensors", "history.jsonl"):
-        assert (out / file).read_bytes() == (tmp_path / "whole" / file).read_bytes(), file
+        assert filecmp.cmp(out / file, tmp_path / "whole" / file, shallow=False), file
 
 
 def test_a_new_run_replaces_results_only_when_it_is_complete(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import filecmp
 import json
 import math
 import os
@@ -314,7 +315,7 @@ def test_a_killed_run_is_resumed_and_ends_with_the_same_bits(
     assert f"going on after step {step}\n" in capsys.readouterr().out
     assert names(out) == RESULTS
     for file in ("last.safetensors", "model.safetensors", "history.jsonl", "samples.txt", "tokenizer.json"):
-        assert (out / file).read_bytes() == (tmp_path / "whole" / file).read_bytes(), file
+        assert filecmp.cmp(out / file, tmp_path / "whole" / file, shallow=False), file
     assert len(read_history(out / "history.jsonl")) == 11
 
 
@@ -339,7 +340,7 @@ def test_a_run_saved_in_the_middle_of_a_stretch_goes_on_there(
     assert tinygpt.main([*arguments, "--out", str(tmp_path / "run"), "--resume"]) == 0
     assert report_of(tmp_path / "run")["steps"] == 50
     for file in ("last.safetensors", "model.safetensors", "samples.txt"):
-        assert (tmp_path / "run" / file).read_bytes() == (tmp_path / "whole" / file).read_bytes(), file
+        assert filecmp.cmp(tmp_path / "run" / file, tmp_path / "whole" / file, shallow=False), file
 
 
 # -- refusing ----------------------------------------------------------------------------------------------------------
