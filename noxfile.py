@@ -52,7 +52,6 @@ def cuda_version() -> tuple[int, str]:
 def tests_cpu(session: nox.Session) -> None:
     """All tests on NumPy, and those of operations on array-api-strict too. Needs no PyTorch."""
     install(session, "test")
-    session.run("tinytorch", "warmup")  # tests that compare bits between processes need the same machine code in each
     pytest(session, "--ignore=tests/reference", "-m", "not gpu", devices="cpu,array_api_strict")
 
 
