@@ -189,9 +189,11 @@ def lay_windows(name: str, shape: tuple, size: Any, stride: Any, padding: Any, d
 
 def pair(name: str, what: str, value: Any, least: int = 1) -> tuple[int, int]:
     """3 and (3,) as (3, 3), and (3, 5) as it is; ValueError for anything else, or below `least`."""
-    values = tuple(value) if isinstance(value, (tuple, list)) else (value, value)
+    values = tuple(value) if isinstance(value, (tuple, list)) else (value,)
     if len(values) == 1:
         values *= 2
+    if [*map(type, values)] == [int, int] and min(values) >= least:
+        return values  # nearly always, and four times as fast as what follows
     if len(values) != 2 or not all(isinstance(v, Integral) and v is not True and int(v) >= least for v in values):
         raise ValueError(f"{name}: {what} must be a whole number >= {least} or two of them, got {value!r}")
     return int(values[0]), int(values[1])
@@ -321,16 +323,16 @@ def paddings(name: str, padding: Any, size: tuple, stride: tuple, dilation: tupl
 
 def check_convolution(name: str, x: Any, weight: Any, bias: Any, groups: int) -> None:
     """An error unless pictures, kernels, bias and groups fit each other."""
-    shapes = f"(input {tuple(x.shape)}, weight {tuple(weight.shape)}, groups {groups})"
+    shapes = lambda: f"(input {tuple(x.shape)}, weight {tuple(weight.shape)}, groups {groups})"
     if x.ndim != 4 or weight.ndim != 4:
-        raise ValueError(f"{name}: expected an input (N, C, H, W) or (C, H, W) and a weight (O, C, KH, KW) {shapes}")
+        raise ValueError(f"{name}: expected an input (N, C, H, W) or (C, H, W) and a weight (O, C, KH, KW) {shapes()}")
     if type(groups) is not int or groups < 1 or weight.shape[0] % groups:
-        raise ValueError(f"{name}: groups must divide the {weight.shape[0]} output channels {shapes}")
+        raise ValueError(f"{name}: groups must divide the {weight.shape[0]} output channels {shapes()}")
     if x.shape[1] != (taken := weight.shape[1] * groups):
-        raise ValueError(f"{name}: input has {x.shape[1]} channels, but the weight takes {taken} {shapes}")
+        raise ValueError(f"{name}: input has {x.shape[1]} channels, but the weight takes {taken} {shapes()}")
     if x.dtype != weight.dtype:
         fit = f"input.to({str(weight.dtype)!r}) fits it"
-        raise TypeError(f"{name}: input is {x.dtype}, but the weight is {weight.dtype}; {fit} {shapes}")
+        raise TypeError(f"{name}: input is {x.dtype}, but the weight is {weight.dtype}; {fit} {shapes()}")
     if bias is not None and (tuple(bias.shape) != (weight.shape[0],) or bias.dtype != x.dtype):
         raise ValueError(f"{name}: expected a {x.dtype} bias ({weight.shape[0]},), got {bias.dtype} {bias.shape}")
 

@@ -596,7 +596,7 @@ def convolve_serially(first, last, x, weight, bias, out, plan, groups, rectify, 
 
 def convolve_by_plan(x: Any, weight: Any, bias: Any, out: Any, plan: Plan, groups: int, rectify: bool) -> None:
     jobs = -(-len(x) // plan.pictures) * plan.bands
-    work = len(x) * len(plan.taps) * out.shape[1] // groups * plan.band * plan.bands * plan.across >> 5
+    work = len(x) * len(plan.taps) * out.shape[1] // groups * plan.band * plan.bands * plan.across >> 6
     run(convolve_serially, convolve_on_cores, work, 0, jobs, x, weight, bias, out, plan, groups, rectify, cores())
 
 

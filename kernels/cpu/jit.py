@@ -30,7 +30,7 @@ from numba import njit
 __all__ = ["CPU", "LANES", "cache_folder", "cores", "features", "kernel", "plain", "run"]
 
 SOURCES = Path(__file__).parent
-SMALL = 1 << 15  # below so many elementary steps a kernel runs on one core: to wake a second takes 20 µs
+SMALL = 1 << 18  # below so many elementary steps a kernel runs on one core: to wake a second takes 20 to 50 µs
 
 
 @cache
