@@ -16,7 +16,6 @@ added up over pixels instead of taps.
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
 from functools import lru_cache, partial
 from typing import Any, NamedTuple
 
@@ -25,21 +24,33 @@ from llvmlite import ir
 from numba import prange, types
 from numba.extending import intrinsic
 
-from tinytorch.kernels.cpu.jit import CPU, cores, kernel, plain, run
+from tinytorch.kernels.cpu.jit import cores, kernel, plain, run
+from tinytorch.kernels.cpu.tiles import (
+    PAIR,
+    ROWS,
+    VECTOR_BYTES,
+    at,
+    choice,
+    load_tile,
+    packed,
+    products,
+    rectified,
+    row_or_last,
+    rows_from,
+    spread,
+    store_tile,
+    transpose,
+    turn,
+)
 from tinytorch.kernels.cpu.vectors import (
-    F32,
-    I32,
     I64,
     LANES,
-    VECTOR,
     address,
     apart,
     blank,
-    call,
     floats,
     load,
     load_part,
-    splat,
     store,
     store_part,
     vector,
@@ -47,10 +58,7 @@ from tinytorch.kernels.cpu.vectors import (
 
 __all__ = ["convolution", "convolution_input_gradient", "convolution_weight_gradient"]
 
-ROWS = 8 if CPU == "avx512" else 4  # of a tile; with two vectors each they fill half of the registers
 FEW_ROWS = ROWS // 2  # of a tile where no more are left
-PAIR = 16  # bytes of two shifts
-VECTOR_BYTES = 4 * LANES
 SCRATCH = 1 << 19  # bytes of a laid out picture or band of one: half of a second-level cache
 BLOCK = 256  # small pictures are computed a few at a time, with so many pixels together
 
@@ -224,48 +232,7 @@ def backward_plan(windows: Any, channels: int, outputs: int, groups: int, bands:
     return make_plan(*axes, source, target, groups, *steps, bands, pictures)
 
 
-# -- tiles of registers ---------------------------------------------------------------------------------------------
-# A tile is a tuple of rows × columns vectors. Its rows and columns are given as tuples of addresses.
-
-
-def at(b: Any, place: Any, kind: Any) -> Any:
-    """LLVM: the value at an address."""
-    return b.load(b.inttoptr(place, kind.as_pointer()), align=4)
-
-
-def parts_of(b: Any, pack: Any, kind: Any) -> list:
-    """LLVM: what a tuple holds."""
-    return [b.extract_value(pack, i) for i in range(kind.count)]
-
-
-def packed(context: Any, b: Any, kind: Any, parts: list) -> Any:
-    """LLVM: a tuple."""
-    pack = ir.Constant(context.get_value_type(kind), ir.Undefined)
-    for i, part in enumerate(parts):
-        pack = b.insert_value(pack, part, i)
-    return pack
-
-
-def tile_type(rows: Any, columns: Any) -> Any:
-    return types.UniTuple(vector, rows.count * columns.count)
-
-
-def row_or_last(b: Any, i: int, last: Any) -> Any:
-    """LLVM: the smaller of two rows' numbers."""
-    row = ir.Constant(I64, i)
-    return b.select(b.icmp_signed("<", row, last), row, last)
-
-
-@intrinsic(prefer_literal=True)
-def rows_from(typing, first, step, last, count):
-    """The addresses of `count` rows, of which the `last` is repeated: a tile at an edge computes some results twice."""
-    kind = types.UniTuple(types.int64, count.literal_value)
-
-    def generate(context, b, signature, arguments):
-        first, step, last, _ = arguments
-        return packed(context, b, kind, [b.add(first, b.mul(row_or_last(b, i, last), step)) for i in range(kind.count)])
-
-    return kind(types.int64, types.int64, types.int64, count), generate
+# -- tiles of results -------------------------------------------------------------------------------------------------
 
 
 @intrinsic
@@ -281,84 +248,6 @@ def rows_of_taps(typing, first, taps, last):
     return kind(types.int64, types.int64, types.int64), generate
 
 
-@intrinsic
-def spread(typing, rows, columns):
-    """A tile with the number at each row's address in the whole row."""
-    kind = tile_type(rows, columns)
-
-    def generate(context, b, signature, arguments):
-        numbers = [splat(b, at(b, row, F32)) for row in parts_of(b, arguments[0], rows)]
-        return packed(context, b, kind, [number for number in numbers for _ in range(columns.count)])
-
-    return kind(rows, columns), generate
-
-
-@intrinsic
-def load_tile(typing, rows, columns):
-    """A tile from memory: the vectors at each row's address + each column's."""
-    kind = tile_type(rows, columns)
-
-    def generate(context, b, signature, arguments):
-        starts, shifts = parts_of(b, arguments[0], rows), parts_of(b, arguments[1], columns)
-        return packed(context, b, kind, [at(b, b.add(start, shift), VECTOR) for start in starts for shift in shifts])
-
-    return kind(rows, columns), generate
-
-
-@intrinsic
-def store_tile(typing, tile, rows, columns):
-    """The same into memory."""
-
-    def generate(context, b, signature, arguments):
-        parts = iter(parts_of(b, arguments[0], tile))
-        for start in parts_of(b, arguments[1], rows):
-            for shift in parts_of(b, arguments[2], columns):
-                b.store(next(parts), b.inttoptr(b.add(start, shift), VECTOR.as_pointer()), align=4)
-        return context.get_dummy_value()
-
-    return types.void(tile, rows, columns), generate
-
-
-@intrinsic
-def rectified(typing, tile):
-    """max(a tile, 0); nan stays."""
-
-    def generate(context, b, signature, arguments):
-        zeros = ir.Constant(VECTOR, [0.0] * LANES)
-        parts = parts_of(b, arguments[0], tile)
-        return packed(context, b, tile, [b.select(b.fcmp_unordered(">=", v, zeros), v, zeros) for v in parts])
-
-    return tile(tile), generate
-
-
-@intrinsic
-def add_product(typing, tile, rows, columns, shifts):
-    """tile[i, j] += number at rows[i] + shift 0 · vector at columns[j] + shift 1; both shifts stand at an address."""
-
-    def generate(context, b, signature, arguments):
-        # What claims to change all memory, and does nothing: no load of the next product is moved ahead of this one,
-        # where it would take registers from the tile.
-        b.asm(ir.FunctionType(ir.VoidType(), []), "", "~{memory}", [], True)
-        sums, shifts = iter(parts_of(b, arguments[0], tile)), arguments[3]
-        row_shift, column_shift = at(b, shifts, I64), at(b, b.add(shifts, ir.Constant(I64, 8)), I64)
-        vectors = [at(b, b.add(column, column_shift), VECTOR) for column in parts_of(b, arguments[2], columns)]
-        parts = []
-        for row in parts_of(b, arguments[1], rows):
-            number = splat(b, at(b, b.add(row, row_shift), F32))
-            parts += [call(b, f"llvm.fmuladd.v{LANES}f32", VECTOR, [number, v, next(sums)]) for v in vectors]
-        return packed(context, b, tile, parts)
-
-    return tile(tile, rows, columns, types.int64), generate
-
-
-@kernel
-def products(tile, rows, columns, shifts, count):
-    """Add up `count` products of a column of numbers and a row of vectors; where they lie stands in pairs of shifts."""
-    for step in range(count):
-        tile = add_product(tile, rows, columns, shifts + PAIR * step)
-    return tile
-
-
 @kernel
 def convolve_tile(bias_rows, weight_rows, columns, taps, count, rectify, target_rows, places):
     """A tile of results: the sum over `count` taps, whose shifts begin at the address `taps`."""
@@ -371,11 +260,6 @@ def convolve_tile(bias_rows, weight_rows, columns, taps, count, rectify, target_
 
 
 # -- the scratch ----------------------------------------------------------------------------------------------------
-
-
-def choice(lanes: Sequence[int]) -> Any:
-    """LLVM: which lanes of two vectors, counted through, a shuffle takes."""
-    return ir.Constant(ir.VectorType(I32, LANES), list(lanes))
 
 
 def shuffle(*lanes: int) -> Any:
@@ -627,28 +511,6 @@ def convolution_input_gradient(xp: Any, g: Any, weight: Any, *, windows: Any, gr
 # -- the weight's gradient ------------------------------------------------------------------------------------------
 
 
-@intrinsic
-def transpose(typing, target, source, step, last):
-    """LANES rows of a vector each, `step` bytes apart and the `last` repeated, into columns of a block of vectors."""
-
-    def generate(context, b, signature, arguments):
-        target, source, step, last = arguments
-        rows = [at(b, b.add(source, b.mul(row_or_last(b, i, last), step)), VECTOR) for i in range(LANES)]
-        swap = 1
-        while swap < LANES:  # the two off-diagonal quarters of each block of 2 · swap change places
-            upper = [LANES + lane - swap if lane & swap else lane for lane in range(LANES)]
-            lower = [LANES + lane if lane & swap else lane + swap for lane in range(LANES)]
-            for i in (i for i in range(LANES) if not i & swap):
-                both = rows[i], rows[i + swap]
-                rows[i], rows[i + swap] = (b.shuffle_vector(*both, choice(lanes)) for lanes in (upper, lower))
-            swap *= 2
-        for i, row in enumerate(rows):
-            b.store(row, b.inttoptr(b.add(target, ir.Constant(I64, i * VECTOR_BYTES)), VECTOR.as_pointer()), align=4)
-        return context.get_dummy_value()
-
-    return types.void(types.int64, types.int64, types.int64, types.int64), generate
-
-
 @kernel
 def gradient_tile(sum_rows, places, tap_rows, columns, pixels, count):
     """Add to the sums of ROWS taps × some vectors of output channels what `count` pixels give."""
@@ -656,20 +518,6 @@ def gradient_tile(sum_rows, places, tap_rows, columns, pixels, count):
     tile = load_tile(sum_rows, places)
     tile = products(tile, tap_rows, columns, pixels, count)
     store_tile(tile, sum_rows, places)
-
-
-@kernel
-def turn(target, source, pixels, plane, channels):
-    """(channels, pixels) into (pixels, LANES); what is in lanes beyond the channels does not matter."""
-    if pixels >= LANES:
-        for first in range(0, pixels, LANES):
-            start = min(first, pixels - LANES)  # the last block overlaps the one before
-            transpose(target + start * VECTOR_BYTES, source + 4 * start, 4 * plane, channels - 1)
-    else:
-        to, out_of = floats(target, pixels * LANES), floats(source, (channels - 1) * plane + pixels)
-        for pixel in range(pixels):
-            for channel in range(channels):
-                to[pixel * LANES + channel] = out_of[channel * plane + pixel]
 
 
 @kernel

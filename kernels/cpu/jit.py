@@ -15,11 +15,11 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
-# libgomp reads these when Numba loads it. Its threads would wait for work in a loop that takes the cores from NumPy's
-# BLAS: a matrix product and a kernel in turn then take ten times as long. Asleep at once, they are 45 µs late for each
-# kernel. After 300 turns of the loop, a microsecond or two, they are in time for a kernel that follows a kernel.
+# libgomp reads these when Numba loads it. Between two kernels its threads wait in a loop, for 0.3 ms at most, and then
+# sleep: a sleeping thread is 20 to 50 µs late for the next kernel, and one that waits on takes its core from NumPy's
+# BLAS, whose products then take ten times as long.
 os.environ.setdefault("OMP_WAIT_POLICY", "passive")
-os.environ.setdefault("GOMP_SPINCOUNT", "300")
+os.environ.setdefault("GOMP_SPINCOUNT", "25000")
 
 import numba
 import numpy as np
@@ -30,7 +30,7 @@ from numba import njit
 __all__ = ["CPU", "LANES", "cache_folder", "cores", "features", "kernel", "plain", "run"]
 
 SOURCES = Path(__file__).parent
-SMALL = 1 << 18  # below so many elementary steps a kernel runs on one core: to wake a second takes 20 to 50 µs
+SMALL = 1 << 16  # below so many elementary steps a kernel runs on one core: to wake a second takes 20 to 50 µs
 
 
 @cache

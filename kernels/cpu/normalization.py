@@ -1,4 +1,4 @@
-"""Layer norm and batch norm, both ways, and sums over all axes but one.
+"""Layer norm and batch norm, both ways, and sums over all axes but one, or over the first ones.
 
 Arithmetic is nothing here and memory is all. A row of layer norm stays in the first-level cache between the pass that
 finds its mean and the pass that uses it; so do, to a lesser degree, the planes of one channel of batch norm. Backward,
@@ -18,7 +18,7 @@ from numba import prange
 
 from tinytorch.kernels.cpu.jit import kernel, plain, run
 from tinytorch.kernels.cpu.lines import load_some, store_some
-from tinytorch.kernels.cpu.vectors import LANES, address, blank, broadcast, fma, keep, total
+from tinytorch.kernels.cpu.vectors import LANES, address, blank, broadcast, fma, keep, load, store, total
 
 BLOCK = 8192  # elements that are worth to be dealt out to a core; but for a core's own sums
 MOST_BLOCKS = 64
@@ -228,6 +228,43 @@ def add_planes_parallel(x, out, start, stop):
         add_planes(x, out, channel, channel + 1)
 
 
+# -- sums over the leading axes: x (rows, columns) ---------------------------------------------------------------------
+
+WIDE = 512  # columns that are added up at once: two kilobytes of a row, and as many of sums in the nearest cache
+RUN = 64  # rows that are, before their sum is added to the others': sums of sums are more precise
+
+
+@kernel
+def add_rows(x, out, start, stop):
+    """out = the sum of the rows, for the blocks of WIDE columns from start to stop."""
+    rows, columns = x.shape
+    sums = np.empty(WIDE, np.float32)
+    for block in range(start, stop):
+        first, count = block * WIDE, min(WIDE, columns - block * WIDE)
+        place = address(out) + 4 * first
+        for i in range(0, count, LANES):
+            store_some(place + 4 * i, blank(), count - i)
+        for begin in range(0, rows, RUN):
+            sums[:] = 0
+            end = min(begin + RUN, rows)
+            for row in range(begin, end, 2):
+                values, there = address(x) + 4 * (row * columns + first), 4 * columns if row + 1 < end else 0
+                for i in range(0, count, LANES):
+                    value = load_some(values + 4 * i, count - i)
+                    if there:
+                        value = value + load_some(values + there + 4 * i, count - i)
+                    store(address(sums) + 4 * i, load(address(sums) + 4 * i) + value)
+            for i in range(0, count, LANES):
+                total_now = load_some(place + 4 * i, count - i) + load(address(sums) + 4 * i)
+                store_some(place + 4 * i, total_now, count - i)
+
+
+@kernel(parallel=True)
+def add_rows_parallel(x, out, start, stop):
+    for block in prange(start, stop):
+        add_rows(x, out, block, block + 1)
+
+
 # -- entry points ------------------------------------------------------------------------------------------------------
 
 
@@ -305,3 +342,12 @@ def channel_sums(x: np.ndarray) -> np.ndarray:
 def sum_over_all_but_channels(xp: Any, x: np.ndarray, *, dim: tuple, keepdim: bool = False) -> np.ndarray:
     """`sum` over the axes 0, 2 and 3 of (N, C, H, W)."""
     return channel_sums(x)
+
+
+def sum_over_leading(xp: Any, x: np.ndarray, *, dim: tuple, keepdim: bool = False) -> np.ndarray:
+    """`sum` over the first axes, which are `dim`."""
+    kept = x.shape[len(dim) :]
+    out, columns = np.empty(kept, np.float32), math.prod(kept)
+    rows = plain(x).reshape(math.prod(x.shape[: len(dim)]), columns)
+    run(add_rows, add_rows_parallel, x.size // 4, rows, out.reshape(-1), 0, -(-columns // WIDE))
+    return out.reshape((1,) * len(dim) + kept) if keepdim else out

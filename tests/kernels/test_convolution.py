@@ -142,9 +142,11 @@ def test_one_core_and_several_give_the_same(count: int) -> None:
         alone = compute()
     finally:
         numba.set_num_threads(threads)
-    for one, two, three in zip(several, again, alone, strict=True):
+    for one, two in zip(several, again, strict=True):
         np.testing.assert_array_equal(one, two)
-        near(three, one.astype("float64"))
+    for one, three in zip(several[:2], alone[:2], strict=True):
+        np.testing.assert_array_equal(one, three)
+    near(alone[2], several[2].astype("float64"))  # each core has sums of its own, which are added up at the end
 
 
 def test_without_a_free_pool_sums_are_rounded_in_the_same_way(monkeypatch: pytest.MonkeyPatch) -> None:

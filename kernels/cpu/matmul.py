@@ -1,0 +1,269 @@
+"""Products of matrices, with a bias: BLAS's work, done by the threads that do all else.
+
+NumPy's BLAS has threads of its own. A training step that goes from product to kernel and back wakes one set of threads
+while the other still holds the cores, which costs more than either's work. So large products run here; what keeps the
+arithmetic busy is in `tiles.py`, and what remains is to hand it data in the order that it reads.
+
+A strip of STRIP columns of the right matrix is copied once, DEPTH rows at a time, to a scratch in which a tile reads
+one vector after another; a right matrix that lies by columns, as the transposed weight of a linear layer does, is
+turned on the way. A left matrix is read where it is, because a tile needs single numbers of it; only one that lies by
+columns is copied, too, for its numbers would come from a new page of memory each.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import numpy as np
+from numba import prange
+
+from tinytorch.kernels.cpu.jit import cores, kernel, plain, run
+from tinytorch.kernels.cpu.lines import load_some, store_some
+from tinytorch.kernels.cpu.normalization import sum_over_leading
+from tinytorch.kernels.cpu.tiles import ROWS, VECTOR_BYTES, load_tile, products_in_steps, rows_from, store_tile, turn
+from tinytorch.kernels.cpu.vectors import LANES, address, apart, blank, fma, store, total
+
+__all__ = ["linear", "linear_gradients", "matmul"]
+
+STRIP = 2 * LANES  # columns of a tile
+DEPTH = 1024  # products that are added up in registers; 128 KB of a strip, a part of a second-level cache
+BLOCK = 256  # rows of results that a job has, for which a strip is copied once
+FEW_ROWS = ROWS // 2  # of a tile where no more are left
+NARROW_ROWS = min(2 * ROWS, LANES)  # of a tile of one vector
+
+
+@kernel
+def pack_columns(strip, b, depth_step, column_step, depth, columns):
+    """Copy `depth` rows of a strip's columns, at most STRIP, so that a vector follows its upper neighbour.
+
+    The strip's second vectors lie behind all first ones.
+    """
+    apart()
+    for first in range(0, columns, LANES):
+        target, source, some = strip + first // LANES * depth * VECTOR_BYTES, b + first * column_step, columns - first
+        if column_step == 4:
+            for k in range(depth):
+                store(target + k * VECTOR_BYTES, load_some(source + k * depth_step, some))
+        else:
+            turn(target, source, depth, column_step // 4, min(some, LANES))
+
+
+@kernel
+def product_tile(start_rows, starts, left_rows, columns, left_step, depth, rows, places):
+    """A tile of results: what lies at `starts` from the first rows on, and the sum over the depths."""
+    apart()
+    tile = load_tile(start_rows, starts)
+    tile = products_in_steps(tile, left_rows, columns, left_step, VECTOR_BYTES, depth)
+    store_tile(tile, rows, places)
+
+
+@kernel
+def product_rows(start, start_step, a, row_step, panel_step, left_step, strip, depth, target, target_step, rows, wide):
+    """Some rows of results of one strip; addresses, and steps from row to row, in bytes.
+
+    Args:
+        row_step: between rows of the left matrix within a panel of LANES rows.
+        panel_step: from panel to panel.
+        left_step: from depth to depth.
+        wide: whether the strip has a second vector.
+    """
+    second = strip + depth * VECTOR_BYTES
+    taken = ROWS if wide else NARROW_ROWS
+    for row in range(0, rows, taken):
+        last = min(taken, rows - row) - 1
+        start_row, target_row = start + row * start_step, target + row * target_step
+        left_row = a + row // LANES * panel_step + row % LANES * row_step
+        if not wide:
+            product_tile(
+                rows_from(start_row, start_step, last, NARROW_ROWS), (0,),
+                rows_from(left_row, row_step, last, NARROW_ROWS), (strip,), left_step, depth,
+                rows_from(target_row, target_step, last, NARROW_ROWS), (0,),
+            )  # fmt: skip
+        elif last < FEW_ROWS:
+            product_tile(
+                rows_from(start_row, start_step, last, FEW_ROWS), (0, VECTOR_BYTES),
+                rows_from(left_row, row_step, last, FEW_ROWS), (strip, second), left_step, depth,
+                rows_from(target_row, target_step, last, FEW_ROWS), (0, VECTOR_BYTES),
+            )  # fmt: skip
+        else:
+            product_tile(
+                rows_from(start_row, start_step, last, ROWS), (0, VECTOR_BYTES),
+                rows_from(left_row, row_step, last, ROWS), (strip, second), left_step, depth,
+                rows_from(target_row, target_step, last, ROWS), (0, VECTOR_BYTES),
+            )  # fmt: skip
+
+
+@kernel
+def copy_block(target, target_step, source, source_step, rows, columns):
+    """Copy rows of at most STRIP columns; steps in bytes."""
+    for row in range(rows):
+        for first in range(0, columns, LANES):
+            value = load_some(source + row * source_step + 4 * first, columns - first)
+            store_some(target + row * target_step + 4 * first, value, columns - first)
+
+
+@kernel
+def multiply(first, last, a, row_step, left_step, b, depth_step, column_step, bias, out, depth, block):
+    """The jobs from `first` to `last`: a block of rows of a strip each.
+
+    Args:
+        a, b: addresses; the steps from element to element are in bytes.
+        bias: (columns,), or of no length.
+    """
+    rows, columns = out.shape
+    blocks, strips = -(-rows // block), -(-columns // STRIP)
+    by_columns = row_step == 4 and left_step != 4  # then a is copied, too, and strips change quicker than blocks
+    most = max(1, min(depth, DEPTH))
+    strip, narrow = np.empty(2 * most * LANES, np.float32), np.empty((block, STRIP), np.float32)
+    panels = np.empty(-(-block // LANES) * LANES * most if by_columns else 0, np.float32)
+    start, line = np.zeros(STRIP, np.float32), 4 * columns
+    for begin in range(0, max(depth, 1), most):
+        deep = min(most, depth - begin)
+        packed_strip = packed_block = -1
+        for job in range(first, last):
+            column, top = (job % strips, job // strips) if by_columns else (job // blocks, job % blocks)
+            column, top = column * STRIP, top * block
+            some, high = min(STRIP, columns - column), min(block, rows - top)
+            if packed_strip != column:
+                packed_strip = column
+                source = b + column * column_step + begin * depth_step
+                pack_columns(address(strip), source, depth_step, column_step, deep, some)
+                for i in range(some if len(bias) > 0 else 0):
+                    start[i] = bias[column + i]
+            left, steps = a + top * row_step + begin * left_step, (row_step, LANES * row_step, left_step)
+            if by_columns:
+                if packed_block != top:
+                    packed_block = top
+                    for row in range(0, high, LANES):
+                        panel = address(panels) + 4 * row * deep
+                        pack_columns(panel, left + 4 * row, left_step, 4, deep, min(LANES, high - row))
+                left, steps = address(panels), (4, deep * VECTOR_BYTES, VECTOR_BYTES)
+            target, step, whole = address(out) + top * line + 4 * column, line, some % LANES == 0
+            if not whole:
+                if begin:
+                    copy_block(address(narrow), 4 * STRIP, target, line, high, some)
+                target, step = address(narrow), 4 * STRIP
+            before, before_step = (target, step) if begin else (address(start), 0)
+            product_rows(
+                before, before_step, left, steps[0], steps[1], steps[2], address(strip), deep, target, step, high,
+                some > LANES,
+            )  # fmt: skip
+            if not whole:
+                copy_block(address(out) + top * line + 4 * column, line, target, step, high, some)
+
+
+@kernel
+def multiply_serially(parts, jobs, *arguments):
+    multiply(0, jobs, *arguments)
+
+
+@kernel(parallel=True)
+def multiply_on_cores(parts, jobs, a, row_step, left_step, b, depth_step, column_step, bias, out, depth, block):
+    for part in prange(parts):
+        multiply(
+            jobs * part // parts, jobs * (part + 1) // parts, a, row_step, left_step, b, depth_step, column_step, bias,
+            out, depth, block,
+        )  # fmt: skip
+
+
+# -- few rows ----------------------------------------------------------------------------------------------------------
+# One row, as one token of a text that is being written, uses each weight once: the limit is memory, and nothing is
+# copied.
+
+TOGETHER = 4  # outputs that are added up side by side
+
+
+@kernel
+def dot_rows(first, last, x, weight, bias, out):
+    """out (M, N) = x (M, K) times the transposed weight (N, K), and a bias (N,) or (0,); `first` to `last` of the
+    groups of TOGETHER outputs."""
+    depth, outputs = weight.shape[1], len(weight)
+    for group in range(first, last):
+        column = group * TOGETHER
+        end = min(TOGETHER, outputs - column) - 1  # the last is repeated
+        w0 = address(weight) + 4 * column * depth
+        w1, w2, w3 = w0 + 4 * depth * min(1, end), w0 + 4 * depth * min(2, end), w0 + 4 * depth * min(3, end)
+        for row in range(len(x)):
+            values = address(x) + 4 * row * depth
+            a = b = c = d = blank()
+            for k in range(0, depth, LANES):
+                here, rest = 4 * k, depth - k
+                value = load_some(values + here, rest)
+                a = fma(value, load_some(w0 + here, rest), a)
+                b = fma(value, load_some(w1 + here, rest), b)
+                c = fma(value, load_some(w2 + here, rest), c)
+                d = fma(value, load_some(w3 + here, rest), d)
+            for i, result in enumerate((a, b, c, d)):
+                if i <= end:
+                    out[row, column + i] = total(result) + (bias[column + i] if len(bias) > 0 else np.float32(0))
+
+
+@kernel
+def dot_rows_serially(parts, groups, *arguments):
+    dot_rows(0, groups, *arguments)
+
+
+@kernel(parallel=True)
+def dot_rows_on_cores(parts, groups, x, weight, bias, out):
+    for part in prange(parts):
+        dot_rows(groups * part // parts, groups * (part + 1) // parts, x, weight, bias, out)
+
+
+# -- entry points ------------------------------------------------------------------------------------------------------
+
+NO_BIAS = np.empty(0, np.float32)
+
+
+def product(a: np.ndarray, b: np.ndarray, bias: np.ndarray) -> np.ndarray:
+    """a (M, K) times b (K, N), and a bias (N,) or (0,)."""
+    (rows, depth), columns = a.shape, b.shape[1]
+    out = np.empty((rows, columns), np.float32)
+    if not out.size:
+        return out
+    if 4 not in b.strides or min(b.strides) < 0:
+        b = plain(b)
+    parts, strips = cores(), -(-columns // STRIP)
+    blocks = max(-(-rows // BLOCK), min(-(-4 * parts // strips), -(-rows // (4 * ROWS))) if parts > 1 else 1)
+    block = -(-rows // (blocks * LANES)) * LANES
+    jobs = strips * -(-rows // block)
+    run(
+        multiply_serially, multiply_on_cores, rows * columns * depth >> 5, parts, jobs, a.ctypes.data, *a.strides,
+        b.ctypes.data, *b.strides, bias, out, depth, block,
+    )  # fmt: skip
+    return out
+
+
+def matmul(xp: Any, a: np.ndarray, b: np.ndarray) -> np.ndarray:
+    """a (…, K) times b (K, N)."""
+    if a.ndim == 2:
+        return product(a, b, NO_BIAS)
+    return product(a.reshape(math.prod(a.shape[:-1]), a.shape[-1]), b, NO_BIAS).reshape(*a.shape[:-1], b.shape[1])
+
+
+def linear(xp: Any, x: np.ndarray, weight: np.ndarray, bias: np.ndarray | None = None) -> np.ndarray:
+    """x (…, K) times the transposed weight (N, K), and the bias (N,)."""
+    flat = x if x.ndim == 2 else x.reshape(math.prod(x.shape[:-1]), x.shape[-1])
+    added = NO_BIAS if bias is None else plain(bias)
+    if len(flat) >= LANES:
+        out = product(flat, weight.T, added)
+    else:
+        out = np.empty((len(flat), len(weight)), np.float32)
+        groups = -(-len(weight) // TOGETHER)
+        run(dot_rows_serially, dot_rows_on_cores, (1 + len(flat)) * weight.size // 8, cores(), groups, plain(flat),
+            plain(weight), added, out)  # fmt: skip
+    return out if x.ndim == 2 else out.reshape(*x.shape[:-1], len(weight))
+
+
+def linear_gradients(xp: Any, g: np.ndarray, x: np.ndarray, weight: np.ndarray, *, tracked: tuple) -> tuple:
+    """What g (…, N) is carried to: g W to x (…, K) if 0 is tracked, gᵀ x to the weight (N, K) if 1, and Σ g if 2."""
+    rows = g.reshape(-1, g.shape[-1])
+    found = []
+    for i in tracked:
+        if i == 0:
+            found.append(matmul(xp, g, weight))
+        elif i == 1:
+            found.append(product(rows.T, x.reshape(len(rows), -1), NO_BIAS))
+        else:
+            found.append(sum_over_leading(xp, rows, dim=(0,)))
+    return tuple(found)
