@@ -755,10 +755,16 @@ def test_sequential_runs_in_order_and_names_like_pytorch() -> None:
 
 # %% [markdown]
 # ### Dropout, Flatten
-# Dropout exists only while training. The mask is an ordinary tensor, and applying it an ordinary product.
+# Dropout exists only while training. It is linear in x, so that the gradient goes through the same operation.
 
 
 # %%
+@op
+def drop(xp, x, noise, *, p):
+    """0 where the noise, uniform on [0, 1), is below p; x / (1 - p) elsewhere."""
+    return x * (xp.astype(noise >= p, x.dtype) * (0.0 if p == 1 else 1 / (1 - p)))
+
+
 def dropout(x: Tensor, p: float = 0.5, training: bool = True, inplace: bool = False) -> Tensor:
     """Each element 0 with probability p, else multiplied by 1 / (1 - p); x itself unless training."""
     if not 0 <= p <= 1:
@@ -767,9 +773,8 @@ def dropout(x: Tensor, p: float = 0.5, training: bool = True, inplace: bool = Fa
         return x
     if not x.dtype.is_floating_point:
         raise TypeError(f"dropout: expected floats, got {x.dtype}")
-    kept = rand(x.shape, device=x.device, dtype="float32") >= p
-    mask = kept.to(x.dtype) * (0.0 if p == 1 else 1 / (1 - p))
-    return x.mul_(mask) if inplace else x * mask
+    out = drop(x, rand(x.shape, device=x.device, dtype="float32"), p=p)
+    return x.copy_(out) if inplace else out
 
 
 class Dropout(Module):

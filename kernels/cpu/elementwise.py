@@ -265,20 +265,19 @@ def relu_backward_parallel(g, y, out, start, stop):
 
 
 @kernel
-def drop(x, noise, p, scale, out, mask, start, stop):
-    """mask = scale where noise >= p, and 0 elsewhere; out = x mask."""
-    x, noise, out, mask = x[start:stop], noise[start:stop], out[start:stop], mask[start:stop]
+def drop_some(x, noise, p, scale, out, start, stop):
+    """out = scale x where noise >= p, and 0 x elsewhere."""
+    x, noise, out = x[start:stop], noise[start:stop], out[start:stop]
     for i in range(len(out)):
         factor = scale if noise[i] >= p else np.float32(0)
-        mask[i] = factor
         out[i] = x[i] * factor
 
 
 @kernel(parallel=True)
-def drop_parallel(x, noise, p, scale, out, mask, start, stop):
+def drop_some_parallel(x, noise, p, scale, out, start, stop):
     for block in prange((stop - start + BLOCK - 1) // BLOCK):
         first = start + block * BLOCK
-        drop(x, noise, p, scale, out, mask, first, min(first + BLOCK, stop))
+        drop_some(x, noise, p, scale, out, first, min(first + BLOCK, stop))
 
 
 # -- entry points ------------------------------------------------------------------------------------------------------
@@ -345,10 +344,10 @@ def relu_gradient(xp: Any, g: np.ndarray, y: np.ndarray) -> np.ndarray:
     return out
 
 
-def dropout_with_mask(xp: Any, x: np.ndarray, noise: np.ndarray, *, p: float) -> tuple[np.ndarray, np.ndarray]:
-    """x mask, and the mask: 1 / (1 - p) where the noise of x's shape, uniform on [0, 1), is at least p; 0 elsewhere."""
-    out, mask = np.empty(x.shape, np.float32), np.empty(x.shape, np.float32)
+def drop(xp: Any, x: np.ndarray, noise: np.ndarray, *, p: float) -> np.ndarray:
+    """x / (1 - p) where the noise of x's shape, uniform on [0, 1), is at least p; 0 elsewhere."""
+    out = np.empty(x.shape, np.float32)
     scale = np.float32(0.0 if p == 1 else 1 / (1 - p))
-    run(drop, drop_parallel, x.size // 2, plain(x).reshape(-1), plain(noise).reshape(-1), np.float32(p), scale,
-        out.reshape(-1), mask.reshape(-1), 0, x.size)  # fmt: skip
-    return out, mask
+    run(drop_some, drop_some_parallel, x.size // 2, plain(x).reshape(-1), plain(noise).reshape(-1), np.float32(p),
+        scale, out.reshape(-1), 0, x.size)  # fmt: skip
+    return out

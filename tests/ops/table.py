@@ -1330,6 +1330,17 @@ row(
     result="float",
 )
 row("sigmoid", F.sigmoid, sigmoid, unary(), result="float", integers=True)
+
+
+def noisy(rng: Generator) -> Iterator[Case]:
+    for shape, p in (((3, 4), 0.3), ((), 0.5), ((2, 0), 0.1), ((5,), 0.0), ((5,), 1.0), ((2, 3, 2), 0.75)):
+        noise = rng.uniform(size=shape)
+        noise.reshape(-1)[: noise.size // 4] = p if p < 1 else 0  # not below
+        yield case(normal(rng, shape), noise, p=p)
+
+
+row("drop", Op.registry["drop"], lambda x, noise, p: np.where(noise >= p, x / (1 - p if p < 1 else np.inf), 0), noisy,
+    (0,))  # fmt: skip
 row("silu", F.silu, lambda x: x * sigmoid(x), unary(), result="float", integers=True)
 row(
     "gelu_and_cdf",
