@@ -16,7 +16,7 @@ import time
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from functools import partial
+from functools import lru_cache, partial
 from numbers import Integral
 from typing import Any
 
@@ -175,6 +175,7 @@ class Windows:
         return out
 
 
+@lru_cache(1024)
 def lay_windows(name: str, shape: tuple, size: Any, stride: Any, padding: Any, dilation: Any) -> Windows:
     """Windows over pictures of a shape (…, H, W); ValueError where none fits. Pairs as `Windows` has them."""
     count = []
@@ -309,8 +310,7 @@ gradient(convolution_weight_gradient,
 
 def paddings(name: str, padding: Any, size: tuple, stride: tuple, dilation: tuple) -> Any:
     """((top, bottom), (left, right)) from one number or two, "valid" (none), or "same" (the result has x's size)."""
-    if padding == "valid":
-        padding = 0
+    padding = 0 if padding == "valid" else padding
     if padding == "same":
         if stride != (1, 1):
             raise ValueError(f"{name}: padding='same' is for a stride of 1, the stride is {stride}")

@@ -16,13 +16,13 @@ from weakref import WeakKeyDictionary
 
 from tinytorch.backends import get_backend
 from tinytorch.kernels import load
-from tinytorch.m02_tensor import Tensor, op, randn, zeros
+from tinytorch.m02_tensor import Tensor, exp, matmul, op, randn, zeros
 from tinytorch.m02_tensor import sum as total_of
-from tinytorch.m02_tensor_appendix import Writes
-from tinytorch.m03_activations import ReLU, gelu_and_cdf, log_softmax, relu, softmax
-from tinytorch.m04_layers import attach_fusion
+from tinytorch.m02_tensor_appendix import Writes, erf, tanh
+from tinytorch.m03_activations import ReLU, gelu_and_cdf, log_softmax, relu, sigmoid, silu, softmax
+from tinytorch.m04_layers import attach_fusion, drop, linear
 from tinytorch.m05_losses import softmax_cross_entropy
-from tinytorch.m06_autograd import gradient, relu_gradient, softmax_minus_one_hot
+from tinytorch.m06_autograd import gradient, linear_gradients, relu_gradient, softmax_minus_one_hot
 from tinytorch.m06_autograd_appendix import gelu_gradient
 from tinytorch.m07_optimizers import SGD, Adam, AdamW, Optimizer
 from tinytorch.m09_spatial import (
@@ -174,6 +174,12 @@ def sums_channels(x: Any, *, dim: Any = None, keepdim: bool = False) -> bool:
     return dim == (0, 2, 3) and not keepdim and single(x) and x.ndim == 4 and x.size >= 1 << 13
 
 
+def sums_rows(x: Any, *, dim: Any = None, keepdim: bool = False) -> bool:
+    """The gradient of a linear layer's bias: over the first axes."""
+    leading = type(dim) is tuple and 0 < len(dim) < x.ndim and dim == (*range(len(dim)),)
+    return leading and single(x) and x.size >= 1 << 13
+
+
 def attends(query: Any, key: Any, value: Any, mask: Any = None, **attributes: Any) -> bool:
     """Shapes that do not belong together go to the operation, which says so."""
     if not single(query, key, value) or min(query.ndim, key.ndim, value.ndim) < 2:
@@ -199,6 +205,30 @@ def scatters(g: Any, ids: Any, *, rows: int, **attributes: Any) -> bool:
     return single(g) and g.size >= 1 << 10 and ids.dtype.char == "l"
 
 
+LEAST_PRODUCT = 1 << 22  # multiplications; a smaller product is done by NumPy's BLAS before a second core is awake
+FEW_ROWS, LEAST_FEW = 16, 1 << 17  # but BLAS is slow where the left matrix has a few rows
+
+
+def multiplies(a: Any, b: Any) -> bool:
+    """Not a product of a few rows or columns, or of matrices whose lengths do not agree."""
+    return single(a, b) and b.ndim == 2 <= a.ndim and a.shape[-1] == b.shape[0] and worth_it(a.size, *b.shape)
+
+
+def multiplies_linear(x: Any, weight: Any, bias: Any = None) -> bool:
+    if not single(x, weight, bias) or not weight.ndim == 2 <= x.ndim or x.shape[-1] != weight.shape[1]:
+        return False
+    few = x.size < FEW_ROWS * weight.shape[1] and x.size * len(weight) >= LEAST_FEW
+    return (few or worth_it(x.size, *weight.shape[::-1])) and (bias is None or bias.shape == weight.shape[:1])
+
+
+def multiplies_back(g: Any, x: Any, weight: Any, **attributes: Any) -> bool:
+    return single(g, x, weight) and g.ndim > 1 and worth_it(g.size, *weight.shape)
+
+
+def worth_it(size: int, depth: int, columns: int) -> bool:
+    return size * columns >= LEAST_PRODUCT and columns >= 8 and size >= FEW_ROWS * depth
+
+
 def turns(x: Any, cos: Any, sin: Any) -> bool:
     return single(x, cos, sin) and cos.shape == sin.shape and x.shape[-1:] == cos.shape[-1:] and not x.shape[-1] % 2
 
@@ -207,12 +237,22 @@ def turns(x: Any, cos: Any, sin: Any) -> bool:
 
 CPU = "tinytorch.kernels.cpu"
 FLOATS = "float32"
+SEVERAL, SEVERAL_TEXT = 2048, "float32, from 2,048 elements"
 PLACES_TEXT = f"float32, pictures with {FEWEST_PLACES} windows or more"
 DEPTHWISE_TEXT = "float32, a group for each channel"
 NORMS_TEXT = "float32, over the last axes or over all but the second"
 
 for _operation, _place, _when, _why in (
-    (relu, "elementwise:relu", from_size(2048), "float32, from 2,048 elements"),
+    (matmul, "matmul:matmul", multiplies, "float32, one right matrix, from 4 million products"),
+    (linear, "matmul:linear", multiplies_linear, "float32, from 4 million products, or a few rows"),
+    (linear_gradients, "matmul:linear_gradients", multiplies_back, "float32, from 4 million products"),
+    (relu, "elementwise:relu", from_size(SEVERAL), SEVERAL_TEXT),
+    (exp, "elementwise:exp", from_size(SEVERAL), SEVERAL_TEXT),
+    (tanh, "elementwise:tanh", from_size(SEVERAL), SEVERAL_TEXT),
+    (erf, "elementwise:erf", from_size(SEVERAL), SEVERAL_TEXT),
+    (sigmoid, "elementwise:sigmoid", from_size(SEVERAL), SEVERAL_TEXT),
+    (silu, "elementwise:silu", from_size(SEVERAL), SEVERAL_TEXT),
+    (drop, "elementwise:drop", from_size(SEVERAL), SEVERAL_TEXT),
     (relu_gradient, "elementwise:relu_gradient", from_size(16), FLOATS),
     (gelu_and_cdf, "elementwise:gelu_and_cdf", from_size(16), FLOATS),
     (gelu_gradient, "elementwise:gelu_gradient", from_size(16), FLOATS),
@@ -223,6 +263,7 @@ for _operation, _place, _when, _why in (
     (normalize, "normalization:normalize", normalizes, NORMS_TEXT),
     (normalize_gradients, "normalization:normalize_gradients", normalizes_back, NORMS_TEXT),
     (total_of, "normalization:sum_over_all_but_channels", sums_channels, "float32, axes 0, 2 and 3, from 8,192"),
+    (total_of, "normalization:sum_over_leading", sums_rows, "float32, over the first axes, from 8,192"),
     (convolution, "convolution:convolution", convolves, PLACES_TEXT),
     (convolution_relu, "convolution:convolution_relu", convolves, PLACES_TEXT),
     (convolution_input_gradient, "convolution:convolution_input_gradient", convolves, PLACES_TEXT),
@@ -310,13 +351,18 @@ def example(kernel: Kernel, count: int) -> tuple[tuple, dict[str, Any]]:
     x, small, rows = (randn(*s).data for s in ((count, channels, 16, 16), (count, channels, 8, 8), (16 * count, 32)))
     weight, scores = randn(channels, channels // groups, 3, 3).data, randn(count, 4, 16, 16).data
     ids, column = zeros(len(rows), dtype="int64").data, randn(len(rows), 1).data
+    tall, square = randn(64 + count, 256).data, randn(256, 256).data  # the least that is worth it
     geometry, pooled = {"windows": windows, "groups": groups}, {"windows": halves}
     means = {"counted": ((0, 0), (0, 0)), "divisor": None}
     normal, dims = (rows, (1,)) if count % 2 else (x, (0, 2, 3))
     _, mean, variance = normalize.function(get_backend("cpu"), normal, dims=dims, eps=1e-5)
     attended = attention.function(get_backend("cpu"), scores, scores, scores, is_causal=True)
     examples: dict[str, tuple[tuple, dict[str, Any]]] = {
-        "relu": ((rows,), {}),
+        "matmul": ((tall, square), {}),
+        "linear": ((tall, square), {}),
+        "linear_gradients": ((tall, tall, square), {"tracked": (0, 1, 2)}),
+        "drop": ((rows, rows), {"p": 0.5}),
+        **dict.fromkeys(("relu", "exp", "tanh", "erf", "sigmoid", "silu"), ((rows,), {})),
         "relu_gradient": ((rows, rows), {}),
         "gelu_and_cdf": ((rows,), {}),
         "gelu_gradient": ((rows, rows, rows), {"approximate": "none"}),
@@ -326,7 +372,7 @@ def example(kernel: Kernel, count: int) -> tuple[tuple, dict[str, Any]]:
         "softmax_minus_one_hot": ((column[:, 0], rows, ids), {}),
         "normalize": ((normal,), {"dims": dims, "eps": 1e-5}),
         "normalize_gradients": ((normal, normal, None, mean, variance), {"dims": dims, "eps": 1e-5, "shape": None}),
-        "sum": ((x,), {"dim": (0, 2, 3)}),
+        "sum": ((x,), {"dim": (0, 2, 3)}) if "channels" in kernel.place else ((rows,), {"dim": (0,)}),
         "convolution": ((x, weight), geometry),
         "convolution_relu": ((x, weight), geometry),
         "convolution_input_gradient": ((x, weight), geometry),
