@@ -4,8 +4,8 @@ NumPy's BLAS has threads of its own. A training step that goes from product to k
 while the other still holds the cores, which costs more than either's work. So large products run here; what keeps the
 arithmetic busy is in `tiles.py`, and what remains is to hand it data in the order that it reads.
 
-A strip of STRIP columns of the right matrix is copied once, DEPTH rows at a time, to a scratch in which a tile reads
-one vector after another; a right matrix that lies by columns, as the transposed weight of a linear layer does, is
+GROUP strips of STRIP columns of the right matrix are copied once, DEPTH rows at a time, to a scratch in which a tile
+reads one vector after another; a right matrix that lies by columns, as the transposed weight of a linear layer does, is
 turned on the way. A left matrix is read where it is, because a tile needs single numbers of it; only one that lies by
 columns is copied, too, for its numbers would come from a new page of memory each.
 """
@@ -27,26 +27,32 @@ from tinytorch.kernels.cpu.vectors import LANES, address, apart, blank, fma, sto
 __all__ = ["linear", "linear_gradients", "matmul"]
 
 STRIP = 2 * LANES  # columns of a tile
-DEPTH = 1024  # products that are added up in registers; 128 KB of a strip, a part of a second-level cache
+GROUP = 4  # strips that are copied at once
+DEPTH = 512  # products that are added up in registers; 256 KB of a group, a part of a second-level cache
 BLOCK = 256  # rows of results that a job has, for which a strip is copied once
 FEW_ROWS = ROWS // 2  # of a tile where no more are left
 NARROW_ROWS = min(2 * ROWS, LANES)  # of a tile of one vector
 
 
+@kernel(forceinline=True)
+def pitch_of(depth):
+    """Bytes from one column of copied vectors to the next; at a power of two all would share a few lines of a cache."""
+    return (depth + 1) * VECTOR_BYTES
+
+
 @kernel
 def pack_columns(strip, b, depth_step, column_step, depth, columns):
-    """Copy `depth` rows of a strip's columns, at most STRIP, so that a vector follows its upper neighbour.
-
-    The strip's second vectors lie behind all first ones.
-    """
+    """Copy `depth` rows of some columns so that a vector follows its upper neighbour; next columns are a pitch on."""
     apart()
-    for first in range(0, columns, LANES):
-        target, source, some = strip + first // LANES * depth * VECTOR_BYTES, b + first * column_step, columns - first
-        if column_step == 4:
-            for k in range(depth):
-                store(target + k * VECTOR_BYTES, load_some(source + k * depth_step, some))
-        else:
-            turn(target, source, depth, column_step // 4, min(some, LANES))
+    if column_step == 4:
+        for k in range(depth):
+            for first in range(0, columns, LANES):
+                target = strip + first // LANES * pitch_of(depth) + k * VECTOR_BYTES
+                store(target, load_some(b + k * depth_step + 4 * first, columns - first))
+    else:
+        for first in range(0, columns, LANES):
+            target, source = strip + first // LANES * pitch_of(depth), b + first * column_step
+            turn(target, source, depth, column_step // 4, min(columns - first, LANES))
 
 
 @kernel
@@ -68,7 +74,7 @@ def product_rows(start, start_step, a, row_step, panel_step, left_step, strip, d
         left_step: from depth to depth.
         wide: whether the strip has a second vector.
     """
-    second = strip + depth * VECTOR_BYTES
+    second = strip + pitch_of(depth)
     taken = ROWS if wide else NARROW_ROWS
     for row in range(0, rows, taken):
         last = min(taken, rows - row) - 1
@@ -115,30 +121,30 @@ def multiply(first, last, a, row_step, left_step, b, depth_step, column_step, bi
     blocks, strips = -(-rows // block), -(-columns // STRIP)
     by_columns = row_step == 4 and left_step != 4  # then a is copied, too, and strips change quicker than blocks
     most = max(1, min(depth, DEPTH))
-    strip, narrow = np.empty(2 * most * LANES, np.float32), np.empty((block, STRIP), np.float32)
-    panels = np.empty(-(-block // LANES) * LANES * most if by_columns else 0, np.float32)
+    strip, narrow = np.empty(GROUP * 2 * (most + 1) * LANES, np.float32), np.empty((block, STRIP), np.float32)
+    panels = np.empty(-(-block // LANES) * LANES * (most + 1) if by_columns else 0, np.float32)
     start, line = np.zeros(STRIP, np.float32), 4 * columns
     for begin in range(0, max(depth, 1), most):
         deep = min(most, depth - begin)
-        packed_strip = packed_block = -1
+        packed_block, packed, packed_end = -1, 0, 0
         for job in range(first, last):
-            column, top = (job % strips, job // strips) if by_columns else (job // blocks, job % blocks)
-            column, top = column * STRIP, top * block
+            this, top = (job % strips, job // strips) if by_columns else (job // blocks, job % blocks)
+            if not packed <= this < packed_end:  # some strips at once, because next columns lie side by side
+                needed = this + last - job if by_columns else (last - 1) // blocks + 1
+                packed, packed_end = this, min(this + GROUP, needed, strips)
+                source = b + this * STRIP * column_step + begin * depth_step
+                width = min((packed_end - this) * STRIP, columns - this * STRIP)
+                pack_columns(address(strip), source, depth_step, column_step, deep, width)
+            column, top, right = this * STRIP, top * block, address(strip) + (this - packed) * 2 * pitch_of(deep)
             some, high = min(STRIP, columns - column), min(block, rows - top)
-            if packed_strip != column:
-                packed_strip = column
-                source = b + column * column_step + begin * depth_step
-                pack_columns(address(strip), source, depth_step, column_step, deep, some)
-                for i in range(some if len(bias) > 0 else 0):
-                    start[i] = bias[column + i]
+            for i in range(some if len(bias) > 0 else 0):
+                start[i] = bias[column + i]
             left, steps = a + top * row_step + begin * left_step, (row_step, LANES * row_step, left_step)
             if by_columns:
                 if packed_block != top:
                     packed_block = top
-                    for row in range(0, high, LANES):
-                        panel = address(panels) + 4 * row * deep
-                        pack_columns(panel, left + 4 * row, left_step, 4, deep, min(LANES, high - row))
-                left, steps = address(panels), (4, deep * VECTOR_BYTES, VECTOR_BYTES)
+                    pack_columns(address(panels), left, left_step, 4, deep, high)
+                left, steps = address(panels), (4, pitch_of(deep), VECTOR_BYTES)
             target, step, whole = address(out) + top * line + 4 * column, line, some % LANES == 0
             if not whole:
                 if begin:
@@ -146,7 +152,7 @@ def multiply(first, last, a, row_step, left_step, b, depth_step, column_step, bi
                 target, step = address(narrow), 4 * STRIP
             before, before_step = (target, step) if begin else (address(start), 0)
             product_rows(
-                before, before_step, left, steps[0], steps[1], steps[2], address(strip), deep, target, step, high,
+                before, before_step, left, steps[0], steps[1], steps[2], right, deep, target, step, high,
                 some > LANES,
             )  # fmt: skip
             if not whole:
