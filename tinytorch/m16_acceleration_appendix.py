@@ -105,7 +105,7 @@ def from_size(least: int) -> Callable[..., bool]:
     return when
 
 
-FEWEST_PLACES = 4
+FEWEST_PLACES, MOST_STRIDES = 4, 64
 
 
 def depthwise(weight: Any, groups: int) -> bool:
@@ -115,6 +115,12 @@ def depthwise(weight: Any, groups: int) -> bool:
 def convolves(x: Any, weight: Any, bias: Any = None, *, windows: Windows, groups: int) -> bool:
     """Not where pictures are single pixels: a convolution is a product of matrices there."""
     return single(x, weight, bias) and not depthwise(weight, groups) and math.prod(windows.count) >= FEWEST_PLACES
+
+
+def carries_back(g: Any, weight: Any, *, windows: Windows, groups: int) -> bool:
+    """Not to one channel, or by strides that leave nothing to add up: there the kernel's tiles are mostly empty."""
+    known = convolves(g, weight, windows=windows, groups=groups)
+    return known and weight.shape[1] > 1 and math.prod(windows.stride) <= MOST_STRIDES
 
 
 def convolves_depthwise(x: Any, weight: Any, bias: Any = None, *, windows: Windows, groups: int) -> bool:
@@ -266,7 +272,8 @@ for _operation, _place, _when, _why in (
     (total_of, "normalization:sum_over_leading", sums_rows, "float32, over the first axes, from 8,192"),
     (convolution, "convolution:convolution", convolves, PLACES_TEXT),
     (convolution_relu, "convolution:convolution_relu", convolves, PLACES_TEXT),
-    (convolution_input_gradient, "convolution:convolution_input_gradient", convolves, PLACES_TEXT),
+    (convolution_input_gradient, "convolution:convolution_input_gradient", carries_back,
+     f"{PLACES_TEXT}, strides to 8, not to one channel"),
     (convolution_weight_gradient, "convolution:convolution_weight_gradient", weighs, PLACES_TEXT),
     (convolution, "depthwise:depthwise_convolution", convolves_depthwise, DEPTHWISE_TEXT),
     (convolution_relu, "depthwise:depthwise_convolution_relu", convolves_depthwise, DEPTHWISE_TEXT),
