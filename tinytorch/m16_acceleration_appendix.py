@@ -85,7 +85,7 @@ attach_fusion(fuse_relu)
 
 # -- conditions --------------------------------------------------------------------------------------------------------
 
-ARRAY = get_backend("cpu").array_type
+ARRAY: Any = get_backend("cpu").array_type
 
 
 def single(*arrays: Any) -> bool:

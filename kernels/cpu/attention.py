@@ -638,8 +638,8 @@ def cached_spread(parts, shape, query, key, value, lengths, out, scale):
 # -- entry points ------------------------------------------------------------------------------------------------------
 
 
-def describe(x: np.ndarray | None) -> tuple[int, int, int, int, int]:
-    """The address, the steps along three leading axes, and the step from row to row, in bytes; zeros for None."""
+def describe(x: np.ndarray | None) -> tuple[int, ...]:
+    """Five numbers: the address, the steps along three leading axes, and the step from row to row, in bytes; zeros for None."""
     if x is None:
         return (0, 0, 0, 0, 0)
     steps = x.strides
@@ -698,7 +698,7 @@ def attention(
     """softmax(scale query keyᵀ + mask) value, and each query's largest score and sum: the twin of module 13's."""
     lead, rows, keys, width = check_shapes(query, key, value, mask)
     if len(lead) > MOST_LEADS:
-        flat = (flattened(x, lead) for x in (query, key, value, mask))
+        flat: Any = (flattened(x, lead) for x in (query, key, value, mask))
         found = attention(xp, *flat, is_causal=is_causal, scale=scale)
         return tuple(x.reshape(*lead, *x.shape[1:]) for x in found)
     out, largest, sums = by_places(lead, rows, width), *(np.empty((*lead, rows, 1), np.float32) for _ in range(2))
@@ -736,7 +736,7 @@ def attention_gradients(
     if mask_gradient:
         raise ValueError("attention_gradients: this kernel has no gradient for a mask")
     if len(lead) > MOST_LEADS:
-        flat = (flattened(x, lead) for x in (g, query, key, value, mask, out, largest, total))
+        flat: Any = (flattened(x, lead) for x in (g, query, key, value, mask, out, largest, total))
         found = attention_gradients(xp, *flat, is_causal=is_causal, scale=scale)
         return tuple(x.reshape(*lead, *x.shape[1:]) for x in found)
     to_query, to_key = (by_places(lead, n, query.shape[-1]) for n in (rows, keys))

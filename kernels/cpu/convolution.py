@@ -76,7 +76,7 @@ class Axis(NamedTuple):
     taps: tuple[int, ...]
     starts: tuple[int, ...]  # may lie outside of the source, where there are zeros
     stride: int
-    count: int
+    count: int  # type: ignore[assignment]  # a tuple has a method of that name
 
 
 class Plan(NamedTuple):
@@ -202,7 +202,7 @@ def split(pictures: int, pixels: int) -> tuple[int, int]:
 @lru_cache(1024)
 def forward_plan(windows: Any, channels: int, outputs: int, groups: int, bands: int, pictures: int) -> Plan:
     """The plan of a convolution, and of its weight's gradient."""
-    axes = [
+    down, across = [
         [Axis(tuple(range(k)), tuple(u * d - before for u in range(k)), s, count)]
         for k, s, (before, _), d, count in zip(
             windows.size, windows.stride, windows.padding, windows.dilation, windows.count, strict=True
@@ -210,7 +210,7 @@ def forward_plan(windows: Any, channels: int, outputs: int, groups: int, bands: 
     ]
     taps, source, target = math.prod(windows.size), (channels, *windows.shape), (outputs, *windows.count)
     steps = (taps, channels // groups * taps, windows.size[1])
-    return make_plan(*axes, source, target, groups, *steps, bands, pictures)
+    return make_plan(down, across, source, target, groups, *steps, bands, pictures)
 
 
 @lru_cache(1024)
@@ -227,9 +227,10 @@ def backward_plan(windows: Any, channels: int, outputs: int, groups: int, bands:
             taps = tuple(u for u, (_, rest) in enumerate(met) if rest == 0)
             phases.append(Axis(taps, tuple(met[u][0] for u in taps), 1, -(-pixels // s)))
         axes.append(phases)
+    down, across = axes
     taps, source, target = math.prod(windows.size), (outputs, *windows.count), (channels, *windows.shape)
     steps = (channels // groups * taps, taps, windows.size[1])
-    return make_plan(*axes, source, target, groups, *steps, bands, pictures)
+    return make_plan(down, across, source, target, groups, *steps, bands, pictures)
 
 
 # -- tiles of results -------------------------------------------------------------------------------------------------

@@ -36,7 +36,7 @@ SMALL = 1 << 16  # below so many elementary steps a kernel runs on one core: to 
 @cache
 def features() -> frozenset[str]:
     """What the CPU that Numba compiles for can do, by LLVM's names: "avx512f", "avx2", "avx512vnni" …"""
-    name, chosen = numba.config.CPU_NAME, numba.config.CPU_FEATURES
+    name, chosen = numba.config.CPU_NAME, numba.config.CPU_FEATURES  # type: ignore[attr-defined]
     if chosen:
         return frozenset(flag[1:] for flag in chosen.split(",") if flag.startswith("+"))
     if not name:
@@ -58,7 +58,8 @@ LANES = {"avx512": 16, "avx2": 8, "generic": 4}[CPU]  # float32 in a vector regi
 def cache_folder() -> Path:
     """Where compiled kernels are kept: NUMBA_CACHE_DIR, or the platform's cache folder; one folder for each state of
     the sources."""
-    digest = hashlib.sha256(b"checked" if numba.config.BOUNDSCHECK else b"")  # which Numba's own key leaves out
+    checked = numba.config.BOUNDSCHECK  # type: ignore[attr-defined]
+    digest = hashlib.sha256(b"checked" if checked else b"")  # which Numba's own key leaves out
     for file in sorted(SOURCES.glob("*.py")):
         digest.update(file.read_bytes())
     base = os.environ.get("NUMBA_CACHE_DIR") or platformdirs.user_cache_dir("tinytorch")
@@ -85,13 +86,13 @@ def kernel(function: Callable | None = None, *, parallel: bool = False, **option
     if function is None:
         return lambda f: kernel(f, parallel=parallel, **options)
     options = {"error_model": "numpy", **options}
-    before = numba.config.CACHE_DIR
+    before = numba.config.CACHE_DIR  # type: ignore[attr-defined]
     try:  # Numba looks at its cache folder while it wraps a function; other programs' functions keep theirs
         if _can_cache():
-            numba.config.CACHE_DIR = str(cache_folder())
+            numba.config.CACHE_DIR = str(cache_folder())  # type: ignore[attr-defined]
         return njit(function, cache=_can_cache(), nogil=True, parallel=parallel, **options)
     finally:
-        numba.config.CACHE_DIR = before
+        numba.config.CACHE_DIR = before  # type: ignore[attr-defined]
 
 
 _forked = False

@@ -191,18 +191,14 @@ def planes_backward(g, x, weight, mean, variance, eps, out, sums, start, stop):
         rest /= count  # what the mean lost when it became a float32
         along -= rest * average
         sums[0, channel], sums[1, channel] = along * r, average
-        # scale (g - average - x̂ along), of which all but two products and two sums is done here.
-        scale = weight[channel] * r
-        turn = -scale * along * r * r / count
-        shift = broadcast(np.float32(-scale * average / count - turn * rest))
-        slope_of_g, slope_of_x = broadcast(np.float32(scale)), broadcast(np.float32(turn))
+        scale, turn = broadcast(np.float32(weight[channel] * r)), broadcast(np.float32(along * r * r / count))
+        middle, left = broadcast(np.float32(average / count)), broadcast(np.float32(rest))
         for picture in range(pictures):
             skip = 4 * (picture * channels + channel) * inner
             for i in range(0, inner, LANES):
-                slope = load_some(address(g) + skip + 4 * i, inner - i)
-                deviation = load_some(address(x) + skip + 4 * i, inner - i) - guess
-                carried = fma(slope, slope_of_g, fma(deviation, slope_of_x, shift))
-                store_some(address(out) + skip + 4 * i, carried, inner - i)
+                slope = load_some(address(g) + skip + 4 * i, inner - i) - middle
+                deviation = load_some(address(x) + skip + 4 * i, inner - i) - guess - left
+                store_some(address(out) + skip + 4 * i, (slope - deviation * turn) * scale, inner - i)
 
 
 @kernel(parallel=True)

@@ -63,8 +63,8 @@ def pack(weight: np.ndarray) -> Packed:
     count, depth = -(-N // COLUMNS), -(-K // DEPTHS) * DEPTHS
     padded = np.zeros((count * COLUMNS, depth), np.int8)
     padded[:N, :K] = weight
-    panels, sums = padded.reshape(count, COLUMNS, depth), padded.sum(axis=1, dtype=np.int32)
-    together = panels.view(f"int{8 * DEPTHS}")  # now (panel, depths, column, DEPTHS)
+    sums = padded.sum(axis=1, dtype=np.int32)
+    together = padded.reshape(count, COLUMNS, depth).view(f"int{8 * DEPTHS}")  # now (panel, depths, column, DEPTHS)
     panels = np.ascontiguousarray(together.transpose(0, 2, 1)).view(np.int8).reshape(count, COLUMNS * depth)
     return Packed((N, K), panels, sums, np.int32(-SHIFT) * sums)
 

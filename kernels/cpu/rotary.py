@@ -63,8 +63,8 @@ def rotate(xp: Any, x: np.ndarray, cos: np.ndarray, sin: np.ndarray) -> np.ndarr
         raise ValueError(f"rotate: expected (…, T, D) and two (T, D), D even, got x {tuple(x.shape)}, {shapes}")
     shape = np.broadcast_shapes(x.shape, cos.shape)
     if not 2 <= len(shape) <= MOST_LEADS + 2:
-        x, cos, sin = (flattened(np.atleast_2d(a), shape[:-2]) for a in (x, cos, sin))
-        return rotate(xp, x, cos, sin).reshape(shape)
+        flat: Any = (flattened(np.atleast_2d(a), shape[:-2]) for a in (x, cos, sin))
+        return rotate(xp, *flat).reshape(shape)
     x, cos, sin = (a if a.shape[-2:] == shape[-2:] else np.broadcast_to(a, shape) for a in (x, cos, sin))
     out = np.empty_like(x) if x.shape == shape else np.empty(shape, np.float32)
     if out.size:

@@ -1507,7 +1507,7 @@ KERNELS = [
          "deviations lose their digits where the mean is large"),
         ("(total(products) / count - rest * average)", "(total(products) / count)",
          "layer norm backward takes the rounded mean for exact"),
-        ("np.float32(-scale * average / count - turn * rest)", "np.float32(-scale * average / count)",
+        ("broadcast(np.float32(average / count)), broadcast(np.float32(rest))", "broadcast(np.float32(average / count)), blank()",
          "batch norm backward takes the rounded mean for exact"),
         ("    return variance * 0 if variance < 0 else variance\n", "    return variance\n",
          "the variance of equal numbers is below 0"),
