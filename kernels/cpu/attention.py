@@ -639,7 +639,7 @@ def cached_spread(parts, shape, query, key, value, lengths, out, scale):
 
 
 def describe(x: np.ndarray | None) -> tuple[int, ...]:
-    """Five numbers: the address, the steps along three leading axes, and the step from row to row, in bytes; zeros for None."""
+    """The address, the steps along three leading axes, the step from row to row, in bytes: five numbers, 0 for None."""
     if x is None:
         return (0, 0, 0, 0, 0)
     steps = x.strides
