@@ -26,6 +26,7 @@ from numba.extending import intrinsic
 
 from tinytorch.kernels.cpu.jit import cores, kernel, plain, run
 from tinytorch.kernels.cpu.tiles import (
+    FEW_ROWS,
     PAIR,
     ROWS,
     VECTOR_BYTES,
@@ -58,7 +59,6 @@ from tinytorch.kernels.cpu.vectors import (
 
 __all__ = ["convolution", "convolution_input_gradient", "convolution_weight_gradient"]
 
-FEW_ROWS = ROWS // 2  # of a tile where no more are left
 SCRATCH = 1 << 19  # bytes of a laid out picture or band of one: half of a second-level cache
 BLOCK = 256  # small pictures are computed a few at a time, with so many pixels together
 

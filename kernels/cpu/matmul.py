@@ -21,7 +21,16 @@ from numba import prange
 from tinytorch.kernels.cpu.jit import cores, kernel, plain, run
 from tinytorch.kernels.cpu.lines import load_some, store_some
 from tinytorch.kernels.cpu.normalization import sum_over_leading
-from tinytorch.kernels.cpu.tiles import ROWS, VECTOR_BYTES, load_tile, products_in_steps, rows_from, store_tile, turn
+from tinytorch.kernels.cpu.tiles import (
+    FEW_ROWS,
+    ROWS,
+    VECTOR_BYTES,
+    load_tile,
+    products_in_steps,
+    rows_from,
+    store_tile,
+    turn,
+)
 from tinytorch.kernels.cpu.vectors import LANES, address, apart, blank, fma, store, total
 
 __all__ = ["linear", "linear_gradients", "matmul"]
@@ -30,7 +39,6 @@ STRIP = 2 * LANES  # columns of a tile
 GROUP = 4  # strips that are copied at once
 DEPTH = 512  # products that are added up in registers; 256 KB of a group, a part of a second-level cache
 BLOCK = 256  # rows of results that a job has, for which a strip is copied once
-FEW_ROWS = ROWS // 2  # of a tile where no more are left
 NARROW_ROWS = min(2 * ROWS, LANES)  # of a tile of one vector
 
 

@@ -17,10 +17,11 @@ from numba.extending import intrinsic
 from tinytorch.kernels.cpu.jit import CPU, kernel
 from tinytorch.kernels.cpu.vectors import F32, I32, I64, LANES, VECTOR, call, floats, splat, vector
 
-__all__ = ["PAIR", "ROWS", "VECTOR_BYTES", "load_tile", "products", "products_in_steps", "rectified", "rows_from",
-           "spread", "store_tile", "transpose", "turn"]  # fmt: skip
+__all__ = ["FEW_ROWS", "PAIR", "ROWS", "VECTOR_BYTES", "load_tile", "products", "products_in_steps", "rectified",
+           "rows_from", "spread", "store_tile", "transpose", "turn"]  # fmt: skip
 
 ROWS = 8 if CPU == "avx512" else 4  # of a tile; with two vectors each they fill half of the registers
+FEW_ROWS = ROWS // 2  # of a tile where no more are left
 PAIR = 16  # bytes of two shifts
 VECTOR_BYTES = 4 * LANES
 
