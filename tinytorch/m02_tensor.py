@@ -199,6 +199,8 @@ class Op:
             if when(*arrays, **attributes):
                 function = faster
                 break
+        if not OBSERVERS:
+            return function(backend, *arrays, **attributes)
         proceed = partial(function, backend, *arrays, **attributes)
         for observer in OBSERVERS:
             proceed = partial(observer, self, arrays, attributes, proceed)
@@ -265,11 +267,8 @@ def _wrap_other(out: Any, backend: Backend) -> Any:
     """Wrap what is not simply the backend's array: a tuple, NumPy's scalar, another backend's array."""
     if isinstance(out, tuple):
         return tuple(_wrap_other(part, backend) for part in out)
-    result = Tensor.__new__(Tensor)
     known = BY_TYPE.get(type(out))
-    result.data = out if known is not None and type(out) is known.array_type else backend.asarray(out)
-    result._trace = None
-    return result
+    return Tensor(out if known is not None and type(out) is known.array_type else backend.asarray(out))
 
 
 @contextmanager

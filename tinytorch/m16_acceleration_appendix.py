@@ -211,28 +211,35 @@ def scatters(g: Any, ids: Any, *, rows: int, **attributes: Any) -> bool:
     return single(g) and g.size >= 1 << 10 and ids.dtype.char == "l"
 
 
-LEAST_PRODUCT = 1 << 22  # multiplications; a smaller product is done by NumPy's BLAS before a second core is awake
-FEW_ROWS, LEAST_FEW = 16, 1 << 17  # but BLAS is slow where the left matrix has a few rows
+# Multiplications from which NumPy's BLAS uses threads of its own. They and the kernels' threads keep each other from the
+# cores, ten times as long as a product takes: so from there on products are done here, on one core if they are small.
+# It is earlier where the right matrix lies by columns, as the transposed weight of a linear layer does.
+LEAST_PRODUCT, LEAST_BY_COLUMNS = 1 << 20, 1 << 18
+LEAST_ROWS = 4
+FEW_ROWS, LEAST_FEW = 16, 1 << 17  # a kernel for few rows, at which BLAS is slow, and what it must multiply at least
 
 
 def multiplies(a: Any, b: Any) -> bool:
     """Not a product of a few rows or columns, or of matrices whose lengths do not agree."""
-    return single(a, b) and b.ndim == 2 <= a.ndim and a.shape[-1] == b.shape[0] and worth_it(a.size, *b.shape)
+    if not single(a, b) or not b.ndim == 2 <= a.ndim or a.shape[-1] != b.shape[0]:
+        return False
+    return worth_it(a.size, *b.shape, LEAST_BY_COLUMNS if b.strides[0] == 4 else LEAST_PRODUCT)
 
 
 def multiplies_linear(x: Any, weight: Any, bias: Any = None) -> bool:
     if not single(x, weight, bias) or not weight.ndim == 2 <= x.ndim or x.shape[-1] != weight.shape[1]:
         return False
     few = x.size < FEW_ROWS * weight.shape[1] and x.size * len(weight) >= LEAST_FEW
-    return (few or worth_it(x.size, *weight.shape[::-1])) and (bias is None or bias.shape == weight.shape[:1])
+    enough = few or worth_it(x.size, *weight.shape[::-1], LEAST_BY_COLUMNS)
+    return enough and (bias is None or bias.shape == weight.shape[:1])
 
 
 def multiplies_back(g: Any, x: Any, weight: Any, **attributes: Any) -> bool:
-    return single(g, x, weight) and g.ndim > 1 and worth_it(g.size, *weight.shape)
+    return single(g, x, weight) and g.ndim > 1 and worth_it(g.size, *weight.shape, LEAST_PRODUCT)
 
 
-def worth_it(size: int, depth: int, columns: int) -> bool:
-    return size * columns >= LEAST_PRODUCT and columns >= 8 and size >= FEW_ROWS * depth
+def worth_it(size: int, depth: int, columns: int, least: int) -> bool:
+    return size * columns >= least and columns >= 8 and size >= LEAST_ROWS * depth
 
 
 def turns(x: Any, cos: Any, sin: Any) -> bool:
@@ -249,9 +256,9 @@ DEPTHWISE_TEXT = "float32, a group for each channel"
 NORMS_TEXT = "float32, over the last axes or over all but the second"
 
 for _operation, _place, _when, _why in (
-    (matmul, "matmul:matmul", multiplies, "float32, one right matrix, from 4 million products"),
-    (linear, "matmul:linear", multiplies_linear, "float32, from 4 million products, or a few rows"),
-    (linear_gradients, "matmul:linear_gradients", multiplies_back, "float32, from 4 million products"),
+    (matmul, "matmul:matmul", multiplies, "float32, one right matrix, where BLAS would use threads"),
+    (linear, "matmul:linear", multiplies_linear, "float32, where BLAS would use threads, or of a few rows"),
+    (linear_gradients, "matmul:linear_gradients", multiplies_back, "float32, where BLAS would use threads"),
     (relu, "elementwise:relu", from_size(SEVERAL), SEVERAL_TEXT),
     (exp, "elementwise:exp", from_size(SEVERAL), SEVERAL_TEXT),
     (tanh, "elementwise:tanh", from_size(SEVERAL), SEVERAL_TEXT),

@@ -219,5 +219,5 @@ def adam(
 
 
 def work(places: Places) -> int:
-    """Elementary steps, for `run`: one core updates eight numbers in a nanosecond while they are in its cache."""
-    return int(places.starts[-1]) // 8
+    """Elementary steps, for `run`: gradients, at the least, come from the other core, which takes longer than a sum."""
+    return int(places.starts[-1])
