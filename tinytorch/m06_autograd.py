@@ -87,11 +87,10 @@ from tinytorch.m05_losses import cross_entropy, softmax_cross_entropy
 # $$\partial L / \partial a = g \partial y / \partial a, \quad \partial L / \partial b = g \partial y / \partial b.$$
 #
 # These *vector–Jacobian products* are the gradient rules. For $y = a b$ they are $g b$ and $g a$; for $Y = A B$,
-# $G B^T$ and $A^T G$; for $y = e^x$, $g y$, which needs the output and not the input.
-#
-# Where a value is used twice, its gradients **add up**. Where it was broadcast, it was used many times, so its gradient
-# is the **sum** over the broadcast axes. One pass from the end to the start costs about two forward passes, whatever
-# the number of inputs: *reverse-mode automatic differentiation* (Linnainmaa, 1970).
+# $G B^T$ and $A^T G$; for $y = e^x$, $g y$, which needs the output and not the input. Where a value is used twice, its
+# gradients **add up**. Where it was broadcast, it was used many times, so its gradient is the **sum** over the
+# broadcast axes. One pass from the end to the start costs about two forward passes, whatever the number of inputs:
+# *reverse-mode automatic differentiation* (Linnainmaa, 1970).
 
 # %% [markdown]
 # ## Implementation
@@ -143,9 +142,8 @@ class Plan:
         if rules.together:
             self.steps = [(list(enumerate(tracked)), rules.together, self._places(rules.together, tuple(tracked)))]
             return
-        last = len(self.op.inputs) - 1
         for k, i in enumerate(tracked):
-            name = self.op.inputs[min(i, last)]
+            name = self.op.inputs[min(i, len(self.op.inputs) - 1)]
             if name not in rules.rules:
                 raise NotImplementedError(f"{self.op.name} has no gradient rule for its input {name!r}; give it one "
                                           f"with gradient({self.op.name}, {name}=…)")  # fmt: skip
@@ -158,25 +156,17 @@ class Plan:
 
     def _place(self, name: str, position: Any) -> int:
         """Where among the kept values the one that a rule calls `name` stands; it is added if it is new."""
-        inputs = self.op.inputs
-        wanted: tuple[str, Any]
-        if name in ("out", "extras"):
-            wanted = (name, None)
-        elif name == "position":
-            wanted = ("constant", position)
-        elif name in self.op.attributes:
-            wanted = ("attribute", name)
-        elif name in inputs:
-            wanted = ("input", inputs.index(name))
-        elif name.removesuffix("_shape") in inputs:
-            wanted = ("shape", inputs.index(name.removesuffix("_shape")))
-        else:
+        known, several = dict[str, tuple[str, Any]](), self.op.variadic
+        for i, x in enumerate(self.op.inputs):
+            known |= {x: ("inputs", None) if several else ("input", i)}
+            known |= {f"{x}_shape": ("shapes", None) if several else ("shape", i)}
+        known |= {x: ("attribute", x) for x in self.op.attributes}
+        known |= {"out": ("out", None), "extras": ("extras", None), "position": ("constant", position)}
+        if name not in known:
             raise TypeError(f"gradient({self.op.name}): a rule asks for {name!r}, which the operation does not have")
-        if self.op.variadic and wanted[0] in ("input", "shape"):
-            wanted = (f"{wanted[0]}s", None)
-        if wanted not in self.keep:
-            self.keep.append(wanted)
-        return self.keep.index(wanted)
+        if known[name] not in self.keep:
+            self.keep.append(known[name])
+        return self.keep.index(known[name])
 
     def kept(self, arrays: list, attributes: dict, out: Any, extras: tuple) -> list:
         """The values that the rules of this plan need."""
@@ -307,11 +297,36 @@ def piece(g: Any, position: int, tensors_shape: tuple, dim: int) -> Any:
 def scatter(xp, g, *, index, shape):
     """Zeros of a shape, with g added at the index: what `x[index]` does, backwards."""
     zero = xp.zeros(tuple(shape), dtype=g.dtype)
+    if not is_basic(index):
+        return xp.scatter_add(zero, index, g)
+    xp.assign(zero, index, g)
+    return zero
+
+
+def is_basic(index: Any) -> bool:
+    """Whether an index takes a rectangle, in which no place occurs twice."""
     parts = index if isinstance(index, tuple) else (index,)
-    if all(isinstance(part, (int, slice, type(None), type(...))) for part in parts):
-        xp.assign(zero, index, g)  # no place occurs twice
-        return zero
-    return xp.scatter_add(zero, index, g)
+    return all(isinstance(part, (int, slice, type(None), type(...))) for part in parts)
+
+
+class Slices:
+    """The gradient of a tensor of which slices were taken: the slices' gradients, until all are there."""
+
+    def __init__(self, g: Any, index: Any, shape: tuple) -> None:
+        self.parts, self.shape, self.dtype = [(index, g)], tuple(shape), g.dtype
+
+    def array(self) -> Any:
+        (index, g), *others = self.parts
+        out = scatter(g, index=index, shape=self.shape)
+        for index, g in others:
+            out[index] += g
+        return out
+
+
+def slice_rule(g: Any, x_shape: tuple, index: Any) -> Any:
+    """Zeros with g at the index; of several slices of one tensor, the engine makes one array and not one for each."""
+    raw_slice = is_basic(index) and not isinstance(g, Tensor)
+    return Slices(g, index, x_shape) if raw_slice else scatter(g, index=index, shape=x_shape)
 
 
 @op
@@ -355,7 +370,7 @@ gradient(amax,       x=extreme_rule)
 gradient(reshape,    x=lambda g, x_shape: reshape(g, shape=x_shape))
 gradient(permute,    x=lambda g, dims: permute(g, dims=sorted(range(len(dims)), key=lambda i: dims[i] % len(dims))))
 gradient(expand,     x=lambda g: g)
-gradient(getitem,    x=lambda g, x_shape, index: scatter(g, index=index, shape=x_shape))
+gradient(getitem,    x=slice_rule)
 gradient(scatter,    g=lambda g, index: getitem(g, index=index))
 gradient(concatenate, tensors=piece)
 gradient(cast,       x=lambda g: g)
@@ -410,12 +425,12 @@ class Node:
         shape, dtype: the output's, in which its gradient must arrive.
     """
 
-    __slots__ = ("__weakref__", "dtype", "grad", "hooks", "line", "number", "parents", "plan", "shape", "values")
+    __slots__ = ("__weakref__", "check", "dtype", "grad", "hooks", "number", "parents", "plan", "shape", "values")
 
     def __init__(self, plan: Any, parents: Sequence, values: Any, out: Any) -> None:
         self.plan, self.parents, self.values = plan, parents, values
         self.shape, self.dtype, self.number = out.shape, out.dtype, now()
-        self.grad = self.hooks = self.line = None
+        self.grad = self.hooks = self.check = None
 
     @property
     def name(self) -> str:
@@ -574,9 +589,9 @@ def propagate(roots: Sequence[tuple], retain_graph: bool | None, create_graph: b
         send(node, g)
     while queue:
         node = heapq.heappop(queue)[1]
-        g = arrived.pop(node)
+        g = whole(arrived.pop(node))
         for hook in node.hooks or ():
-            g = call_hook(hook, g)
+            g = hook(g)
         if wanted is not None and node in wanted:
             found[node] = g
         if isinstance(node, Leaf):
@@ -585,8 +600,8 @@ def propagate(roots: Sequence[tuple], retain_graph: bool | None, create_graph: b
             continue
         for parent, part in node.gradients(g, create_graph):
             if part is not None and (needed is None or parent in needed):
-                if node.line is not None:
-                    check_finite(part, node)
+                if node.check is not None:
+                    node.check(part, node)
                 send(parent, fitted(part, parent, g))
         if not (create_graph if retain_graph is None else retain_graph):
             node.free()
@@ -611,18 +626,18 @@ def fitted(part: Any, parent: Any, g: Any) -> Any:
     return clone(part) if part is g and target is not parent and part is array else part
 
 
-def check_finite(part: Any, node: Node) -> None:
-    """Under detect_anomaly: stop at the first NaN in a gradient."""
-    xp = None if isinstance(part, list) else backend_of(raw(part))
-    if xp is not None and xp.any(xp.isnan(raw(part))):
-        raise FloatingPointError(f"the gradient of {node.name} has a NaN; its forward line was {node.line}")
+def whole(g: Any) -> Any:
+    return g.array() if isinstance(g, Slices) else g
 
 
 def joined(a: Any, b: Any) -> Any:
     """Two gradients of one tensor, added up."""
     if isinstance(a, list):  # one entry for each output of a Function
         return [y if x is None else x if y is None else x + y for x, y in zip(a, b, strict=True)]
-    return a + b
+    if isinstance(a, Slices) and isinstance(b, Slices):
+        a.parts += b.parts
+        return a
+    return whole(a) + whole(b)
 
 
 def accumulate(leaf: Leaf, g: Any) -> None:
@@ -656,12 +671,6 @@ def leading_to(wanted: set, starts: Sequence[Any]) -> set:
         if any(parent in needed for parent in getattr(node, "parents", ())):
             needed.add(node)
     return needed
-
-
-def call_hook(hook: Callable, g: Any) -> Any:
-    """A hook sees a tensor and may return another in its place."""
-    result = hook(g if isinstance(g, Tensor) else Tensor(g))
-    return g if result is None else result if isinstance(g, Tensor) else result.clone().data
 
 
 # %% [markdown]
@@ -897,14 +906,11 @@ def analyze() -> None:
     """Measure the cost of recording and of backward for an operation, and the bytes a graph keeps."""
     plain, tracked = ones(4), ones(4, requires_grad=True)
 
-    def chain(x: Tensor, length: int = 1000) -> Tensor:
-        for _ in range(length):
-            x = x * 1.0001
-        return x.sum()
+    def chain(x: Tensor) -> Tensor:
+        return functools.reduce(lambda y, _: y * 1.0001, range(1000), x).sum()
 
-    untracked, forward = seconds(lambda: chain(plain)), seconds(lambda: chain(tracked))
-    both = seconds(lambda: chain(tracked).backward())
-    times = {"untracked": untracked, "recorded": forward, "recorded and backward": both}
+    times = {"untracked": seconds(lambda: chain(plain)), "recorded": seconds(lambda: chain(tracked)),
+             "recorded and backward": seconds(lambda: chain(tracked).backward())}  # fmt: skip
     print_table(["a chain of 1,000 x * c", "µs an operation"], [[k, f"{t * 1e3:.2f}"] for k, t in times.items()])
     rows = []
     for name, function in (("x + x", lambda x: x + x), ("x * x", lambda x: x * x), ("exp(x)", exp), ("relu(x)", relu)):

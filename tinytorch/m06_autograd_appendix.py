@@ -12,6 +12,7 @@ import sys
 import weakref
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -57,6 +58,7 @@ from tinytorch.m06_autograd import (
     reduced_count,
     set_grad_enabled,
     spread,
+    whole,
 )
 
 # -- rules: the operations of 02's appendix and the less common activations of 03 --------------------------------------
@@ -289,7 +291,13 @@ def register_hook(self: Tensor, hook: Callable[[Tensor], Tensor | None]) -> None
     if not self.watched:
         raise RuntimeError("register_hook: this tensor does not require grad, so no gradient will come")
     node = leaf_of(self)
-    node.hooks = [*(node.hooks or ()), hook]
+    node.hooks = [*(node.hooks or ()), partial(call_hook, hook)]
+
+
+def call_hook(hook: Callable, g: Any) -> Any:
+    """A hook sees a tensor and may return another in its place."""
+    result = hook(g if isinstance(g, Tensor) else Tensor(g))
+    return g if result is None else result if isinstance(g, Tensor) else result.clone().data
 
 
 Tensor.extend(register_hook=register_hook, retain_grad=retain_grad)
@@ -549,10 +557,16 @@ def detect_anomaly() -> Iterator[None]:
         return out
 
     def remember(result: Tensor) -> None:
-        result._trace.line = user_line()
+        result._trace.check = partial(check_finite, user_line())
 
     with observe(look), listening(remember):
         yield
+
+
+def check_finite(line: str, part: Any, node: Node) -> None:
+    """Stop at a NaN in one of the gradients that a node made."""
+    if _has_nan(raw(whole(part))):
+        raise FloatingPointError(f"the gradient of {node.name} has a NaN; its forward line was {line}")
 
 
 def _has_nan(array: Any) -> bool:

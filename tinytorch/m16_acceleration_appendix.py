@@ -211,9 +211,9 @@ def scatters(g: Any, ids: Any, *, rows: int, **attributes: Any) -> bool:
     return single(g) and g.size >= 1 << 10 and ids.dtype.char == "l"
 
 
-# Multiplications from which NumPy's BLAS uses threads of its own. They and the kernels' threads keep each other from the
-# cores, ten times as long as a product takes: so from there on products are done here, on one core if they are small.
-# It is earlier where the right matrix lies by columns, as the transposed weight of a linear layer does.
+# Multiplications from which NumPy's BLAS uses threads of its own; earlier where the right matrix lies by columns, as a
+# linear layer's transposed weight does. They and the kernels' threads keep each other from the cores, ten times as long
+# as a product takes: so from there on products are done here, on one core if they are small.
 LEAST_PRODUCT, LEAST_BY_COLUMNS = 1 << 20, 1 << 18
 LEAST_ROWS = 4
 FEW_ROWS, LEAST_FEW = 16, 1 << 17  # a kernel for few rows, at which BLAS is slow, and what it must multiply at least

@@ -16,7 +16,7 @@ import tinytorch as t
 from tinytorch.autograd import Function, detect_anomaly, draw, grad, gradcheck, gradgradcheck
 from tinytorch.autograd.functional import hessian, jacobian, jvp, vjp
 from tinytorch.m01_setup import assert_close, manual_seed
-from tinytorch.m02_tensor import Op, Tensor
+from tinytorch.m02_tensor import Op, Tensor, observe
 from tinytorch.m06_autograd import NON_DIFFERENTIABLE, RULES, gradient, non_differentiable
 from tinytorch.utils.checkpoint import checkpoint
 
@@ -85,6 +85,33 @@ def test_gradients_accumulate_until_they_are_cleared(device: str) -> None:
     x.grad = None
     (x * 3).sum().backward()
     assert_close(x.grad, [3, 3])
+
+
+def test_slices_that_overlap_and_uses_of_the_whole_add_up(device: str) -> None:
+    x = leaf(4, 3)
+    indices = [np.s_[:2], np.s_[1:3], np.s_[1], np.s_[..., 0], np.s_[-1, 2], np.s_[:, None], [0, 0], np.s_[...]]
+    weights = [t.tensor(RNG.normal(size=x[index].shape)) for index in indices]
+    expected = np.zeros((4, 3))
+    for index, weight in zip(indices, weights, strict=True):
+        np.add.at(expected, index, weight.numpy())
+    for order in (range(8), reversed(range(8)), (7, 1, 0, 2, 6, 5, 4, 3)):
+        x.grad = None
+        sum((weights[i] * (x * 1 if i == 7 else x[indices[i]])).sum() for i in order).backward()
+        assert_close(x.grad, expected)
+
+
+def test_the_gradient_of_slices_is_one_array_and_nobody_elses(device: str) -> None:
+    x, names, seen = leaf(6), list[str](), list[Tensor]()
+    y = x * 1
+    y.register_hook(lambda g: seen.append(g))
+    with observe(lambda op, arrays, attributes, proceed: names.append(op.name) or proceed()):
+        (y[:2].sum() + y[2:4].sum() * 2 + y[4:].sum() * 3).backward()
+    assert names.count("scatter") == 1
+    assert [g.tolist() for g in seen] == [[1, 1, 2, 2, 3, 3]]
+    part = (x * 1)[:3]
+    kept = t.ones(3)
+    part.backward(kept)
+    assert kept.tolist() == [1, 1, 1]
 
 
 def test_a_gradient_of_the_output_can_be_given(device: str) -> None:
