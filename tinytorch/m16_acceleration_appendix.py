@@ -16,6 +16,7 @@ from weakref import WeakKeyDictionary
 
 from tinytorch.backends import get_backend
 from tinytorch.kernels import load
+from tinytorch.kernels.cpu.layouts import layout
 from tinytorch.m02_tensor import Tensor, exp, matmul, op, randn, zeros
 from tinytorch.m02_tensor import sum as total_of
 from tinytorch.m02_tensor_appendix import Writes, erf, tanh
@@ -136,24 +137,14 @@ def weighs_depthwise(g: Any, x: Any, *, windows: Windows, groups: int) -> bool:
     return single(g, x) and groups > 1 and x.shape[1] == groups
 
 
-def known_layout(shape: tuple, dims: tuple, weight_shape: tuple | None) -> bool:
-    """Layer norm's: the last axes, with a weight of their shape. Or batch norm's: all but the second, and (C, 1, …)."""
-    axes = sorted(d % len(shape) for d in dims)
-    kept = len(shape) - len(axes)
-    if axes == list(range(kept, len(shape))):
-        return weight_shape in (None, shape[kept:])
-    planes = len(shape) > 2 and axes == [0, *range(2, len(shape))]
-    return planes and weight_shape in (None, (shape[1], *(1,) * (len(axes) - 1)))
-
-
 def normalizes(x: Any, weight: Any = None, bias: Any = None, *, dims: tuple, eps: float) -> bool:
     shapes = {p.shape for p in (weight, bias) if p is not None}
-    return single(x, weight, bias) and len(shapes) < 2 and known_layout(x.shape, dims, next(iter(shapes), None))
+    return single(x, weight, bias) and len(shapes) < 2 and layout(x.shape, tuple(dims), next(iter(shapes), None)) != ""
 
 
 def normalizes_back(g: Any, x: Any, weight: Any, *statistics: Any, dims: tuple, eps: float, shape: Any) -> bool:
     given = shape if weight is None else weight.shape
-    return single(g, x, weight, *statistics) and shape in (None, given) and known_layout(x.shape, dims, given)
+    return single(g, x, weight, *statistics) and shape in (None, given) and layout(x.shape, tuple(dims), given) != ""
 
 
 def of_last_axis(least: int) -> Callable[..., bool]:

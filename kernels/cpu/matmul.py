@@ -20,7 +20,7 @@ from numba import prange
 
 from tinytorch.kernels.cpu.jit import cores, kernel, plain, run
 from tinytorch.kernels.cpu.lines import load_some, store_some
-from tinytorch.kernels.cpu.normalization import sum_over_leading
+from tinytorch.kernels.cpu.normalization import WIDE, add_rows
 from tinytorch.kernels.cpu.tiles import (
     FEW_ROWS,
     ROWS,
@@ -168,17 +168,19 @@ def multiply(first, last, a, row_step, left_step, b, depth_step, column_step, bi
 
 
 @kernel
-def multiply_serially(parts, jobs, *arguments):
-    multiply(0, jobs, *arguments)
+def multiply_share(part, parts, jobs, *arguments):
+    multiply(jobs * part // parts, jobs * (part + 1) // parts, *arguments)
+
+
+@kernel
+def multiply_serially(parts, *product):
+    multiply_share(0, 1, *product)
 
 
 @kernel(parallel=True)
-def multiply_on_cores(parts, jobs, a, row_step, left_step, b, depth_step, column_step, bias, out, depth, block):
+def multiply_on_cores(parts, *product):
     for part in prange(parts):
-        multiply(
-            jobs * part // parts, jobs * (part + 1) // parts, a, row_step, left_step, b, depth_step, column_step, bias,
-            out, depth, block,
-        )  # fmt: skip
+        multiply_share(part, parts, *product)
 
 
 # -- few rows ----------------------------------------------------------------------------------------------------------
@@ -224,41 +226,72 @@ def dot_rows_on_cores(parts, groups, x, weight, bias, out):
         dot_rows(groups * part // parts, groups * (part + 1) // parts, x, weight, bias, out)
 
 
+# -- all gradients of a linear layer -----------------------------------------------------------------------------------
+
+
+@kernel
+def gradients_part(part, parts, to_x, to_weight, g, sums):
+    """A share of two products and of the sums of g's columns: one launch for three pieces of work, which need not wait
+    for each other. A piece that is not wanted has no jobs."""
+    multiply_share(part, parts, *to_x)
+    multiply_share(part, parts, *to_weight)
+    blocks = -(-len(sums) // WIDE)
+    add_rows(g, sums, blocks * part // parts, blocks * (part + 1) // parts)
+
+
+@kernel
+def gradients_serially(parts, *arguments):
+    gradients_part(0, 1, *arguments)
+
+
+@kernel(parallel=True)
+def gradients_on_cores(parts, to_x, to_weight, g, sums):
+    for part in prange(parts):
+        gradients_part(part, parts, to_x, to_weight, g, sums)
+
+
 # -- entry points ------------------------------------------------------------------------------------------------------
 
-NO_BIAS = np.empty(0, np.float32)
+NOTHING = np.empty(0, np.float32)
+
+
+def planned(a: np.ndarray, b: np.ndarray, bias: np.ndarray, out: np.ndarray) -> tuple[Any, ...]:
+    """How many jobs the product of a (M, K) and b (K, N) is, and what else `multiply` needs for them.
+
+    b must lie row by row or column by column.
+    """
+    (rows, depth), columns = a.shape, b.shape[1]
+    if not out.size:
+        return 0, 0, 4, 4, 0, 4, 4, bias, out, depth, 1
+    parts, strips = cores(), -(-columns // STRIP)
+    blocks = max(-(-rows // BLOCK), min(-(-4 * parts // strips), -(-rows // (4 * ROWS))) if parts > 1 else 1)
+    block = -(-rows // (blocks * LANES)) * LANES
+    return strips * -(-rows // block), a.ctypes.data, *a.strides, b.ctypes.data, *b.strides, bias, out, depth, block
+
+
+def in_lines(b: np.ndarray) -> np.ndarray:
+    """The matrix itself if it lies row by row or column by column; else a copy."""
+    return b if 4 in b.strides and min(b.strides) >= 0 else plain(b)
 
 
 def product(a: np.ndarray, b: np.ndarray, bias: np.ndarray) -> np.ndarray:
     """a (M, K) times b (K, N), and a bias (N,) or (0,)."""
-    (rows, depth), columns = a.shape, b.shape[1]
-    out = np.empty((rows, columns), np.float32)
-    if not out.size:
-        return out
-    if 4 not in b.strides or min(b.strides) < 0:
-        b = plain(b)
-    parts, strips = cores(), -(-columns // STRIP)
-    blocks = max(-(-rows // BLOCK), min(-(-4 * parts // strips), -(-rows // (4 * ROWS))) if parts > 1 else 1)
-    block = -(-rows // (blocks * LANES)) * LANES
-    jobs = strips * -(-rows // block)
-    run(
-        multiply_serially, multiply_on_cores, rows * columns * depth >> 5, parts, jobs, a.ctypes.data, *a.strides,
-        b.ctypes.data, *b.strides, bias, out, depth, block,
-    )  # fmt: skip
+    b, out = in_lines(b), np.empty((len(a), b.shape[1]), np.float32)
+    run(multiply_serially, multiply_on_cores, out.size * len(b) >> 5, cores(), *planned(a, b, bias, out))
     return out
 
 
 def matmul(xp: Any, a: np.ndarray, b: np.ndarray) -> np.ndarray:
     """a (…, K) times b (K, N)."""
     if a.ndim == 2:
-        return product(a, b, NO_BIAS)
-    return product(a.reshape(math.prod(a.shape[:-1]), a.shape[-1]), b, NO_BIAS).reshape(*a.shape[:-1], b.shape[1])
+        return product(a, b, NOTHING)
+    return product(a.reshape(math.prod(a.shape[:-1]), a.shape[-1]), b, NOTHING).reshape(*a.shape[:-1], b.shape[1])
 
 
 def linear(xp: Any, x: np.ndarray, weight: np.ndarray, bias: np.ndarray | None = None) -> np.ndarray:
     """x (…, K) times the transposed weight (N, K), and the bias (N,)."""
     flat = x if x.ndim == 2 else x.reshape(math.prod(x.shape[:-1]), x.shape[-1])
-    added = NO_BIAS if bias is None else plain(bias)
+    added = NOTHING if bias is None else plain(bias)
     if len(flat) >= LANES:
         out = product(flat, weight.T, added)
     else:
@@ -271,13 +304,15 @@ def linear(xp: Any, x: np.ndarray, weight: np.ndarray, bias: np.ndarray | None =
 
 def linear_gradients(xp: Any, g: np.ndarray, x: np.ndarray, weight: np.ndarray, *, tracked: tuple) -> tuple:
     """What g (…, N) is carried to: g W to x (…, K) if 0 is tracked, gᵀ x to the weight (N, K) if 1, and Σ g if 2."""
-    rows = g.reshape(-1, g.shape[-1])
-    found = []
-    for i in tracked:
-        if i == 0:
-            found.append(matmul(xp, g, weight))
-        elif i == 1:
-            found.append(product(rows.T, x.reshape(len(rows), -1), NO_BIAS))
-        else:
-            found.append(sum_over_leading(xp, rows, dim=(0,)))
-    return tuple(found)
+    outputs, features = weight.shape
+    count = math.prod(g.shape[:-1])
+    rows, inputs, weight = g.reshape(count, outputs), in_lines(x.reshape(count, features)), in_lines(weight)
+    shapes = (count, features), weight.shape, (outputs,)
+    found = [np.empty(shapes[i] if i in tracked else (0,) * len(shapes[i]), np.float32) for i in range(3)]
+    work = (found[0].size * outputs + found[1].size * count >> 5) + (rows.size // 4 if 2 in tracked else 0)
+    run(
+        gradients_serially, gradients_on_cores, work, cores(), planned(rows, weight, NOTHING, found[0]),
+        planned(rows.T, inputs, NOTHING, found[1]), plain(rows), found[2],
+    )  # fmt: skip
+    found[0] = found[0].reshape(x.shape) if 0 in tracked else found[0]
+    return tuple(found[i] for i in tracked)

@@ -11,12 +11,14 @@ the standard deviation, a float32 has no room for the mean's last digits, but it
 from __future__ import annotations
 
 import math
+from functools import lru_cache
 from typing import Any
 
 import numpy as np
 from numba import prange
 
 from tinytorch.kernels.cpu.jit import kernel, plain, run
+from tinytorch.kernels.cpu.layouts import layout
 from tinytorch.kernels.cpu.lines import load_some, store_some
 from tinytorch.kernels.cpu.vectors import LANES, address, blank, broadcast, fma, keep, load, store, total
 
@@ -226,7 +228,7 @@ def add_planes_parallel(x, out, start, stop):
 
 # -- sums over the leading axes: x (rows, columns) ---------------------------------------------------------------------
 
-WIDE = 512  # columns that are added up at once: two kilobytes of a row, and as many of sums in the nearest cache
+WIDE = 128  # columns that are added up at once: half a kilobyte of a row
 RUN = 64  # rows that are, before their sum is added to the others': sums of sums are more precise
 
 
@@ -264,36 +266,26 @@ def add_rows_parallel(x, out, start, stop):
 # -- entry points ------------------------------------------------------------------------------------------------------
 
 
-def layout(shape: tuple, dims: Any, weight_shape: tuple | None) -> str:
-    """Which kernels fit: "rows" if the last axes go and each place in them has a weight, "planes" if all but axis 1 go
-    and each channel has a weight; "" for all others. A weight may be missing."""
-    axes = sorted(d % len(shape) for d in dims)
-    kept = len(shape) - len(axes)
-    if axes == list(range(kept, len(shape))) and weight_shape in (None, shape[kept:]):
-        return "rows"
-    channel = (shape[1], *(1,) * (len(axes) - 1)) if len(shape) > 2 else ()
-    return "planes" if channel and axes == [0, *range(2, len(shape))] and weight_shape in (None, channel) else ""
-
-
-def _arranged(x: np.ndarray, dims: Any, weight_shape: tuple | None) -> tuple[bool, tuple, tuple]:
-    """Whether x is rows; the shape that kernels know it by, of which the last axis but the planes' has the weights; and
-    the shape of mean and variance."""
-    kind = layout(x.shape, dims, weight_shape)
+@lru_cache(maxsize=256)
+def _arranged(shape: tuple, dims: tuple, weight_shape: tuple | None) -> tuple[bool, tuple, tuple]:
+    """Whether x, of this shape, is rows; the shape that kernels know it by, of which the last axis but the planes' has
+    the weights; and the shape of mean and variance."""
+    kind = layout(shape, dims, weight_shape)
     if not kind:
-        raise ValueError(f"normalize: no kernel for {x.shape} over {dims} with a weight of shape {weight_shape}")
-    axes = {d % x.ndim for d in dims}
-    statistics = tuple(1 if d in axes else n for d, n in enumerate(x.shape))
+        raise ValueError(f"normalize: no kernel for {shape} over {dims} with a weight of shape {weight_shape}")
+    axes = {d % len(shape) for d in dims}
+    statistics = tuple(1 if d in axes else n for d, n in enumerate(shape))
     if kind == "rows":
-        kept = x.ndim - len(axes)
-        return True, (math.prod(x.shape[:kept]), math.prod(x.shape[kept:])), statistics
-    return False, (*x.shape[:2], math.prod(x.shape[2:])), statistics
+        kept = len(shape) - len(axes)
+        return True, (math.prod(shape[:kept]), math.prod(shape[kept:])), statistics
+    return False, (*shape[:2], math.prod(shape[2:])), statistics
 
 
 def normalize(
     xp: Any, x: np.ndarray, weight: np.ndarray | None = None, bias: np.ndarray | None = None, *, dims: Any, eps: float
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """weight (x - mean) / sqrt(variance + eps) + bias, the mean, the variance; over axes that `layout` knows."""
-    rows, shape, statistics = _arranged(x, dims, None if weight is None else weight.shape)
+    rows, shape, statistics = _arranged(x.shape, tuple(dims), None if weight is None else weight.shape)
     out = np.empty(x.shape, np.float32)
     if not x.size:
         return out, np.full(statistics, np.nan, np.float32), np.full(statistics, np.nan, np.float32)
@@ -311,7 +303,7 @@ def normalize_gradients(
     dims: Any, eps: float, shape: tuple | None,
 ) -> tuple[np.ndarray, ...]:  # fmt: skip
     """The gradients of `normalize` carried to x and, with a shape, to weight and bias, which have that shape."""
-    rows, seen, _ = _arranged(x, dims, None if weight is None else weight.shape)
+    rows, seen, _ = _arranged(x.shape, tuple(dims), None if weight is None else weight.shape)
     out = np.empty(x.shape, np.float32)
     scale = np.ones(seen[1], np.float32) if weight is None else plain(weight).reshape(-1)
     arrays = plain(g).reshape(seen), plain(x).reshape(seen), scale, plain(mean).reshape(-1), plain(variance).reshape(-1)

@@ -18,8 +18,10 @@ from tinytorch.kernels.cpu.matmul import (
     BLOCK,
     DEPTH,
     NARROW_ROWS,
+    NOTHING,
     STRIP,
     TOGETHER,
+    WIDE,
     linear,
     linear_gradients,
     matmul,
@@ -90,7 +92,7 @@ def check(out: np.ndarray, expected: np.ndarray) -> None:
 @example(5, DEPTH + 1, STRIP + 3, "plain", "turned rows backwards", True, 0)
 def test_any_shape_and_layout(M: int, K: int, N: int, left: str, right: str, biased: bool, seed: int) -> None:
     a, b = lay(whole(seed, M, K), left), lay(whole(seed + 1, K, N), right)
-    bias = whole(seed + 2, N) if biased else kernels.NO_BIAS
+    bias = whole(seed + 2, N) if biased else NOTHING
     check(product(a, b, bias), exact(a, b, bias if biased else None))
 
 
@@ -287,6 +289,26 @@ def test_cores_change_no_bit_of_few_rows() -> None:
         for out, parts in zip(results[1:], (1, 2, 3, 5), strict=True):
             kernels.dot_rows_on_cores(parts, -(-N // TOGETHER), x, weight, bias, out)
             np.testing.assert_array_equal(out, results[0])
+
+
+def test_cores_change_no_bit_of_gradients() -> None:
+    for M, N, K in ((70, 3 * WIDE + 5, 40), (5, 9, STRIP + 3), (300, 20, 70)):
+        g, x, weight = numbers(0, M, N), numbers(1, M, K), numbers(2, N, K)
+        expected = exact(g, weight), exact(g.T, x), g.sum(axis=0, dtype="float64")
+        for wanted in ((True, True, True), (False, True, True), (True, False, False)):
+            results = []
+            for parts in (0, 1, 2, 3, 5):
+                to_x, to_weight, sums = out = [
+                    np.full(e.shape if there else (0,) * e.ndim, np.nan, "float32")
+                    for e, there in zip(expected, wanted, strict=True)
+                ]
+                products = kernels.planned(g, weight, NOTHING, to_x), kernels.planned(g.T, x, NOTHING, to_weight)
+                (kernels.gradients_on_cores if parts else kernels.gradients_serially)(parts, *products, g, sums)
+                results.append(out)
+            for i in (i for i in range(3) if wanted[i]):
+                near(results[0][i], expected[i])
+                for out in results[1:]:
+                    np.testing.assert_array_equal(out[i], results[0][i])
 
 
 def test_any_number_of_cores_gives_the_same_bits(monkeypatch: pytest.MonkeyPatch) -> None:
