@@ -1,16 +1,84 @@
-"""The rest of attention: PyTorch's layer, whose queries, keys and values may come from different sequences."""
+"""The rest of attention: for one new token, where earlier keys and values are kept; and PyTorch's layer, whose queries,
+keys and values may come from different sequences."""
 
 from __future__ import annotations
 
 import math
 from typing import Any
 
-from tinytorch.m02_tensor import Tensor, bool_, getitem, matmul, mean, reshape, transpose, unsqueeze, where, zeros
+from tinytorch.backends import backend_of
+from tinytorch.m02_tensor import Tensor, bool_, getitem, matmul, mean, op, reshape, transpose, unsqueeze, where, zeros
 from tinytorch.m02_tensor import cat as joined
 from tinytorch.m02_tensor_appendix import empty, pad
 from tinytorch.m04_layers import Linear, Module, Parameter, dropout, linear, xavier_uniform_
 from tinytorch.m04_layers_appendix import xavier_normal_, zeros_
-from tinytorch.m13_attention import attention, attention_weights, merge_heads, split_heads
+from tinytorch.m06_autograd import gradient, raw
+from tinytorch.m13_attention import attention, attention_rule, attention_weights, merge_heads, split_heads
+
+# -- one new token -----------------------------------------------------------------------------------------------------
+
+
+@op
+def cached_attention(xp, query, key, value, lengths, *, scale=None):
+    """`attention` of one new token of each sequence to what is kept of the sequence so far; zeros if that is nothing.
+
+    query: (B, H, D). key, value: (B, G, capacity, D) and (B, G, capacity, E); H is a multiple of G, and H / G heads in
+    a row share a head of keys and values. lengths: (B,) integers, how many of a sequence's places are filled; what lies
+    behind them may be anything. Returns (B, H, E).
+    """
+    shapes = [tuple(x.shape) for x in (query, key, value, lengths)]
+    if not caches(*shapes) or xp.is_floating(lengths):
+        names = ("queries", "keys", "values", "lengths")
+        raise ValueError("cached_attention: expected (B, H, D), (B, G, capacity, D), (B, G, capacity, E) and (B,) "
+                         f"integers, H a multiple of G; got {dict(zip(names, shapes, strict=True))}")  # fmt: skip
+    capacity = key.shape[2]
+    if lengths.shape[0] and not 0 <= int(xp.min(lengths)) <= int(xp.max(lengths)) <= capacity:
+        raise ValueError(f"cached_attention: lengths must be between 0 and {capacity}, got {lengths}")
+    seen = filled(xp, lengths, capacity)
+    key, value = (xp.where(seen, x, xp.zeros((), dtype=x.dtype)) for x in (key, value))
+    grouped = xp.reshape(query, by_group(query.shape, key.shape))
+    out = attention.function(xp, grouped, key, value, xp.permute_dims(seen, (0, 1, 3, 2)), scale=scale)[0]
+    return xp.reshape(out, (*query.shape[:2], value.shape[-1]))
+
+
+def caches(query: tuple, key: tuple, value: tuple, lengths: tuple) -> bool:
+    """Whether shapes are those of `cached_attention`."""
+    if (len(query), len(key), len(value), len(lengths)) != (3, 4, 4, 1):
+        return False
+    batch, groups, _, features = key
+    agree = value[:3] == key[:3] and (query[0], query[2]) == (batch, features) and lengths == (batch,)
+    return agree and groups > 0 and features > 0 and query[1] % groups == 0
+
+
+def by_group(query: tuple, key: tuple) -> tuple[int, ...]:
+    """(B, G, H / G, D): the shape of queries that stand by the keys that they share."""
+    return *key[:2], query[1] // key[1], query[2]
+
+
+def filled(xp: Any, lengths: Any, capacity: int) -> Any:
+    """(B, 1, capacity, 1): whether a place of a cache is."""
+    places = xp.reshape(xp.arange(capacity), (1, 1, capacity, 1))
+    return places < xp.reshape(lengths, (-1, 1, 1, 1))
+
+
+def cached_rule(g: Any, query: Any, key: Any, value: Any, lengths: Any, scale: float | None) -> tuple:
+    """By the rule of `attention`, computed again: a cache is there to generate, where no gradients are wanted."""
+    lengths, grouped = raw(lengths), by_group(query.shape, key.shape)
+    seen = filled(backend_of(lengths), lengths, key.shape[2])
+    if isinstance(g, Tensor):
+        seen = Tensor(seen)
+    asked, mask = reshape(query, shape=grouped), transpose(seen, -2, -1)
+    key, value = where(seen, key, 0.0), where(seen, value, 0.0)
+    out, *kept = attention(asked, key, value, mask, scale=scale)
+    carried = reshape(g, shape=(*out.shape,))
+    extras = None if isinstance(g, Tensor) else kept
+    found = attention_rule(carried, asked, key, value, mask, out, extras, (0, 1, 2), False, scale)
+    return reshape(found[0], shape=query.shape), found[1], found[2], None
+
+
+gradient(cached_attention, together=cached_rule)
+
+# -- PyTorch's layer ---------------------------------------------------------------------------------------------------
 
 
 class MultiheadAttention(Module):

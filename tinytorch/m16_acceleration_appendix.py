@@ -43,6 +43,7 @@ from tinytorch.m09_spatial import (
 from tinytorch.m09_spatial_appendix import avg_pool, avg_pool_gradient
 from tinytorch.m12_embeddings import embedding_weight_gradient, rotate
 from tinytorch.m13_attention import attention, attention_gradients
+from tinytorch.m13_attention_appendix import cached_attention, caches
 from tinytorch.m16_acceleration import KERNELS, Kernel, attach, kernels_enabled
 
 # -- fusion ------------------------------------------------------------------------------------------------------------
@@ -198,6 +199,11 @@ def attends_back(
     return not mask_gradient and single(g, *kept) and attends(query, key, value, mask)
 
 
+def attends_cached(query: Any, key: Any, value: Any, lengths: Any, **attributes: Any) -> bool:
+    known = single(query, key, value) and lengths.dtype.char in "bhilq"
+    return known and caches(query.shape, key.shape, value.shape, lengths.shape)
+
+
 def scatters(g: Any, ids: Any, *, rows: int, **attributes: Any) -> bool:
     return single(g) and g.size >= 1 << 10 and ids.dtype.char == "l"
 
@@ -284,6 +290,7 @@ for _operation, _place, _when, _why in (
     (avg_pool_gradient, "pooling:avg_pool_gradient", from_size(1), FLOATS),
     (attention, "attention:attention", attends, "float32, a mask of booleans or of float32"),
     (attention_gradients, "attention:attention_gradients", attends_back, "float32, no gradient for the mask"),
+    (cached_attention, "attention:cached_attention", attends_cached, FLOATS),
     (rotate, "rotary:rotate", turns, FLOATS),
     (embedding_weight_gradient, "embedding:embedding_weight_gradient", scatters, "float32, from 1,024 elements"),
 ):  # fmt: skip
@@ -356,6 +363,7 @@ def example(kernel: Kernel, count: int) -> tuple[tuple, dict[str, Any]]:
     x, small, rows = (randn(*s).data for s in ((count, channels, 16, 16), (count, channels, 8, 8), (16 * count, 32)))
     weight, scores = randn(channels, channels // groups, 3, 3).data, randn(count, 4, 16, 16).data
     ids, column = zeros(len(rows), dtype="int64").data, randn(len(rows), 1).data
+    full = (zeros(count, dtype="int64") + 16).data
     tall, square = randn(64 + count, 256).data, randn(256, 256).data  # the least that is worth it
     geometry, pooled = {"windows": windows, "groups": groups}, {"windows": halves}
     means = {"counted": ((0, 0), (0, 0)), "divisor": None}
@@ -389,6 +397,7 @@ def example(kernel: Kernel, count: int) -> tuple[tuple, dict[str, Any]]:
         "avg_pool_gradient": ((small,), pooled | means),
         "attention": ((scores,) * 3, {"is_causal": True}),
         "attention_gradients": ((scores, scores, scores, scores, None, *attended), {"is_causal": True}),
+        "cached_attention": ((scores[:, :, 0], scores, scores, full), {}),
         "rotate": ((rows, rows, rows), {}),
         "embedding_weight_gradient": ((rows, ids), {"rows": 10}),
     }

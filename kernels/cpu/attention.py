@@ -776,11 +776,7 @@ def cached_attention(
     lengths: (B,) integers, how many of a sequence's keys there are. H is a multiple of G: H / G queries in a row share
     the keys of a head. (B, H, E).
     """
-    (batch, heads, features), (_, groups, capacity, width) = query.shape, value.shape
-    fit = key.shape == (batch, groups, capacity, features) and len(value) == batch and lengths.shape == (batch,)
-    if not fit or groups == 0 or heads % groups or features == 0:
-        shapes = f"queries {query.shape}, keys {key.shape}, values {value.shape}, lengths {lengths.shape}"
-        raise ValueError(f"cached_attention: {shapes} do not fit")
+    (batch, heads, _), (*_, capacity, width) = query.shape, value.shape
     lengths = plain(lengths.astype(np.int64, copy=False))
     if batch and not 0 <= lengths.min() <= lengths.max() <= capacity:
         raise ValueError(f"cached_attention: lengths must be between 0 and {capacity}, got {lengths}")

@@ -12,7 +12,7 @@ import tinytorch as t
 import tinytorch.m13_attention as m
 from tinytorch import nn
 from tinytorch.autograd import gradcheck, gradgradcheck
-from tinytorch.m13_attention_appendix import MultiheadAttention
+from tinytorch.m13_attention_appendix import MultiheadAttention, cached_attention
 
 
 def inputs(*lead: int, queries: int = 7, keys: int = 9, features: int = 4, dtype: str = "float64") -> list[t.Tensor]:
@@ -249,3 +249,29 @@ def test_multihead_attention_with_both_masks_and_more_keys() -> None:
     turned = nn.MultiheadAttention(8, 2)
     turned.load_state_dict({k: v for k, v in layer.state_dict().items() if not k.startswith("bias")})
     assert turned(x.transpose(0, 1), x.transpose(0, 1), x.transpose(0, 1))[0].shape == (5, 3, 8)
+
+
+# -- one new token -----------------------------------------------------------------------------------------------------
+
+
+def test_a_text_that_grows_gives_what_causal_attention_gives(device: str) -> None:
+    query, key, value = t.randn(2, 4, 5, 3), t.randn(2, 2, 5, 3), t.randn(2, 2, 5, 3)
+    expected = nn.functional.scaled_dot_product_attention(query, key, value, is_causal=True, enable_gqa=True)
+    kept = [x.clone() for x in (key, value)]
+    for x in kept:
+        x[:, :, 1:] = math.nan  # not filled yet
+    for place in range(5):
+        for x, whole in zip(kept, (key, value), strict=True):
+            x[:, :, place] = whole[:, :, place]
+        found = cached_attention(query[:, :, place], *kept, t.tensor([place + 1] * 2))
+        np.testing.assert_allclose(found.numpy(), expected[:, :, place].numpy(), rtol=1e-5, atol=1e-6)
+
+
+def test_gradients_of_a_cache_that_is_partly_filled() -> None:
+    query, key, value = (t.randn(*shape, dtype="float64") for shape in ((2, 4, 3), (2, 2, 5, 3), (2, 2, 5, 2)))
+    inputs = [x.requires_grad_() for x in (query, key, value)]
+    lengths = t.tensor([2, 5])
+    assert gradcheck(lambda *x: cached_attention(*x, lengths, scale=0.3), inputs)
+    cached_attention(*inputs, lengths).sum().backward()
+    assert (key.grad[0, :, 2:] == 0).all()
+    assert (value.grad[0, :, :2] != 0).all()

@@ -1093,6 +1093,9 @@ ATTENTION = [
     ),
     *faults_in(
         "tinytorch/m13_attention_appendix.py",
+        ("return places < xp.reshape(", "return places <= xp.reshape(", "a token attends to a place behind its text"),
+        ("xp.where(seen, x, xp.zeros((), dtype=x.dtype))", "x", "nan behind a text gets into its tokens"),
+        ("found[1], found[2], None", "found[2], found[1], None", "kept keys get the gradient of values"),
         ("masks = [~mask for mask in masks]", "masks = list(masks)",
          "PyTorch's layer takes its masks the other way round"),
         ("masks[0] & masks[1]", "masks[0] | masks[1]", "of two masks one is enough to be seen"),

@@ -2278,6 +2278,47 @@ row(
     loose=5,
 )
 row("attention_gradients", Op.registry["attention_gradients"], numpy_attention_gradients, attended_back, (), loose=20)
+
+
+def numpy_cached_attention(
+    query: np.ndarray, key: np.ndarray, value: np.ndarray, lengths: np.ndarray, *, scale: float | None = None
+) -> np.ndarray:
+    """One head of one sequence after the other, of only what is filled."""
+    out, each = np.zeros((*query.shape[:2], value.shape[-1])), query.shape[1] // key.shape[1]
+    for b, h in np.ndindex(*query.shape[:2]):
+        n, shared = lengths[b], h // each
+        out[b, h] = numpy_attention(query[b, h : h + 1], key[b, shared, :n], value[b, shared, :n], scale=scale)[0][0]
+    return out
+
+
+def cached(rng: Generator) -> Iterator[Case]:
+    for batch, heads, groups, capacity, width in ((2, 4, 2, 3, 2), (3, 2, 2, 4, 1), (1, 3, 1, 1, 2), (0, 2, 1, 3, 2)):
+        query, lengths = normal(rng, (batch, heads, 2)), np.arange(batch) % (capacity + 1) + (batch == 1)
+        key, value = (normal(rng, (batch, groups, capacity, n)) for n in (2, width))
+        yield case(query, key, value, lengths)
+        yield case(query, key, value, lengths.astype("int32"), scale=0.3)
+
+
+def cache(query: tuple = (2, 4, 3), key: tuple = (2, 2, 5, 3), lengths: Any = (1, 2)) -> Any:
+    return Op.registry["cached_attention"](t.ones(*query), t.ones(*key), t.ones(2, 2, 5, 1), t.tensor(lengths))
+
+
+row(
+    "cached_attention",
+    Op.registry["cached_attention"],
+    numpy_cached_attention,
+    cached,
+    (0, 1, 2),
+    bad=[
+        bad(lambda: cache(query=(2, 3, 3)), ValueError, r"H a multiple of G; got {'queries': \(2, 3, 3\)"),
+        bad(lambda: cache(key=(2, 2, 5, 4)), ValueError, r"'keys': \(2, 2, 5, 4\)"),
+        bad(lambda: cache(lengths=(1, 2, 3)), ValueError, r"'lengths': \(3,\)"),
+        bad(lambda: cache(lengths=(1.0, 2.0)), ValueError, "integers"),
+        bad(lambda: cache(lengths=(1, 6)), ValueError, r"lengths must be between 0 and 5, got \[1 6\]"),
+        bad(lambda: cache(lengths=(-1, 5)), ValueError, r"lengths must be between 0 and 5, got \[-1"),
+    ],
+    loose=5,
+)
 row(
     "scaled_dot_product_attention",
     lambda q, k, v: F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=True),
