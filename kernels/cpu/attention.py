@@ -49,6 +49,7 @@ from tinytorch.kernels.cpu.vectors import (
 __all__ = ["attention", "attention_gradients", "cached_attention"]
 
 FLOAT = 4  # bytes
+NEXT, FRESH = np.int64(FLOAT), np.int64(0)  # for `product`, which Numba would compile again for each Python int
 WIDE = FLOAT * LANES  # bytes of a vector
 ROWS = 8 if CPU == "avx512" else 4  # queries in a tile, which must divide LANES
 KEYS = 64  # keys in a block: two blocks of 64 features are 32 KB, and leave room in the first cache
@@ -205,7 +206,7 @@ def exp_or_zero(typing, x):
 # -- steps -------------------------------------------------------------------------------------------------------------
 
 
-@kernel
+@kernel(inline="always")
 def wide(count):
     """How many vectors hold `count` numbers."""
     return (count + LANES - 1) // LANES
@@ -250,7 +251,7 @@ def unpack(source, rows, columns, target, target_row, factors):
             store_part(target + i * target_row + done, load(source + i * width + done) * broadcast(times[i]), rest)
 
 
-@kernel
+@kernel(inline="always")
 def fill(target, count, number):
     """A number in all lanes of `count` vectors."""
     for i in range(0, count * WIDE, WIDE):
@@ -291,7 +292,7 @@ def masked(scores, vectors, keys, seen, step, mask, mask_row, rows):
         store(end, hide(load(end), min(seen + i * step, keys) - last))
 
 
-@kernel
+@kernel(inline="always")
 def seen_by(row, start, keys, causal):
     """(how many of the `keys` keys from `start` on a query sees, how many more each next one, how many ROWS see)."""
     if causal and row + 1 < start + keys:
@@ -299,7 +300,7 @@ def seen_by(row, start, keys, causal):
     return keys, 0, keys
 
 
-@kernel
+@kernel(inline="always")
 def pair_of(number, lead):
     """The places along three leading axes of a pair of a batch and a head."""
     return number // (lead[1] * lead[2]), number // lead[2] % lead[1], number % lead[2]
@@ -384,12 +385,12 @@ def attend(number, first, stop, lead, shape, places, largest, sums, scale, causa
         for i in range(max(0, start - first) if causal else 0, rows, ROWS):
             seen, step, visible = seen_by(first + i, start, count, causal)
             vectors, sums_here = wide(visible), gathered + i * broad
-            product(queries + i * long, long, FLOAT, key_block, across, features, scores, across, vectors, 0)
+            product(queries + i * long, long, NEXT, key_block, across, features, scores, across, vectors, FRESH)
             if mask[0] != 0 or seen < vectors * LANES:
                 added = begin(mask, pair) + (first + i) * mask[ROW] + start * FLOAT if mask[0] != 0 else 0
                 masked(scores, vectors, count, seen, step, added, mask[ROW], rows - i)
             soften(scores, vectors, peaks + i * FLOAT, totals + i * FLOAT, factors)
-            product(scores, across, FLOAT, values, broad, visible, sums_here, broad, wide(width), factors)
+            product(scores, across, NEXT, values, broad, visible, sums_here, broad, wide(width), factors)
 
     tops, inverse = floats(peaks, rows), floats(totals, rows)
     for i in range(rows):
@@ -399,10 +400,9 @@ def attend(number, first, stop, lead, shape, places, largest, sums, scale, causa
     unpack(gathered, rows, width, begin(out, pair) + first * out[ROW], out[ROW], totals)
 
 
-@kernel
+@kernel(inline="always")
 def forward_part(part, parts, piece, lead, shape, places, largest, sums, scale, causal):
     """One core's share: every `parts`-th task, which is `piece` queries of a pair."""
-    apart()
     splits = (shape[0] + piece - 1) // piece
     tasks = lead[0] * lead[1] * lead[2] * splits
     scratch = np.empty(forward_room(piece, shape[2], shape[3]), np.float32)
@@ -464,7 +464,7 @@ def slopes_of(scores, slopes, vectors, peaks, taken):
             store(slopes + j, weights * (load(slopes + j) - mean))
 
 
-@kernel
+@kernel(inline="always")
 def backward_room(queries, features, width):
     """How many float32 `attend_back` works with."""
     padded, long, broad = wide(queries) * LANES, wide(features) * LANES, wide(width) * LANES
@@ -522,22 +522,23 @@ def attend_back(number, lead, shape, places, largest, sums, scale, causal, scrat
             for i in range(first, stop, ROWS):
                 seen, step, visible = seen_by(i, start, count, causal)
                 vectors, here, mean = wide(visible), (i - first) * across, taken + i * FLOAT
-                product(asked + i * long, long, FLOAT, key_block, across, features, scores + here, across, vectors, 0)
-                product(changes + i * broad, broad, FLOAT, value_block, across, width, slopes + here, across,
-                        vectors, 0)  # fmt: skip
+                product(asked + i * long, long, NEXT, key_block, across, features, scores + here, across,
+                        vectors, FRESH)  # fmt: skip
+                product(changes + i * broad, broad, NEXT, value_block, across, width, slopes + here, across,
+                        vectors, FRESH)  # fmt: skip
                 if mask[0] != 0 or seen < vectors * LANES:
                     added = begin(mask, pair) + i * mask[ROW] + start * FLOAT if mask[0] != 0 else 0
                     masked(scores + here, vectors, count, seen, step, added, mask[ROW], queries - i)
                 slopes_of(scores + here, slopes + here, vectors, peaks + i * FLOAT, mean)
-                product(slopes + here, across, FLOAT, key_rows, long, visible, to_asked + i * long, long,
+                product(slopes + here, across, NEXT, key_rows, long, visible, to_asked + i * long, long,
                         wide(features), ones)  # fmt: skip
             for j in range(0, count, ROWS):  # keys; of the queries, those that see one of them
                 i = max(first, start + j) if causal else first
                 here, depth = (i - first) * across + j * FLOAT, stop - i
                 if depth > 0:
-                    product(slopes + here, FLOAT, across, asked + i * long, long, depth, to_keys + j * long, long,
+                    product(slopes + here, NEXT, across, asked + i * long, long, depth, to_keys + j * long, long,
                             wide(features), ones)  # fmt: skip
-                    product(scores + here, FLOAT, across, changes + i * broad, broad, depth, to_values + j * broad,
+                    product(scores + here, NEXT, across, changes + i * broad, broad, depth, to_values + j * broad,
                             broad, wide(width), ones)  # fmt: skip
         unpack(to_keys, count, features, begin(to_key, pair) + start * to_key[ROW], to_key[ROW], ones)
         unpack(to_values, count, width, begin(to_value, pair) + start * to_value[ROW], to_value[ROW], ones)
@@ -545,10 +546,9 @@ def attend_back(number, lead, shape, places, largest, sums, scale, causal, scrat
     unpack(to_asked, queries, features, begin(to_query, pair), to_query[ROW], taken)
 
 
-@kernel
+@kernel(inline="always")
 def backward_part(part, parts, lead, shape, places, largest, sums, scale, causal):
     """One core's share: every `parts`-th pair."""
-    apart()
     scratch = np.empty(backward_room(shape[0], shape[2], shape[3]), np.float32)
     for number in range(part, lead[0] * lead[1] * lead[2], parts):
         attend_back(number, lead, shape, places, largest, sums, scale, causal, scratch)
@@ -615,10 +615,9 @@ def attend_cached(number, shape, query, key, value, lengths, out, scale, scratch
             results[j] *= times
 
 
-@kernel
+@kernel(inline="always")
 def cached_part(part, parts, shape, query, key, value, lengths, out, scale):
     """One core's share: every `parts`-th pair of a sequence and a head with keys of its own."""
-    apart()
     scratch = np.empty((lengths.max() + LANES - 1) // LANES * LANES, np.float32)
     for number in range(part, shape[0] * shape[1], parts):
         attend_cached(number, shape, query, key, value, lengths, out, scale, scratch)

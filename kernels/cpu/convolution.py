@@ -350,13 +350,13 @@ def lay_out(target, source, plan, top):
         source += 4 * plan.height * plan.width
 
 
-@kernel
+@kernel(inline="always")
 def place_of_job(job, plan):
     """(first picture, first row of results)."""
     return job // plan.bands * plan.pictures, min(job % plan.bands * plan.band, plan.last_band)
 
 
-@kernel
+@kernel(inline="always")
 def laid_out(scratch, source, plan, pictures, groups, top):
     """The address of a group's pixels, laid out as the plan's tables say: the scratch, filled, or the source itself."""
     channel_bytes = 4 * plan.height * plan.width
@@ -367,7 +367,7 @@ def laid_out(scratch, source, plan, pictures, groups, top):
     return scratch
 
 
-@kernel
+@kernel(inline="always")
 def scratch_for(plan):
     """Room for a job, and for what a vector reads beyond the last pixels."""
     return np.zeros(0 if plan.direct else plan.pictures * plan.picture_bytes // 4 + LANES, np.float32)

@@ -82,6 +82,10 @@ def kernel(function: Callable | None = None, *, parallel: bool = False, **option
     has been compiled: alone, as a part of its parallel twin, in this process or in another one. A compiler that may
     change the order of a sum does it otherwise in each copy. A sum that is to be fast is written with vectors. A
     division by zero gives nan or infinity, as in NumPy.
+
+    What keeps the first call short: a helper of a few lines is `kernel(inline="always")`, because LLVM goes through all
+    that a function calls once more for each level of calls above it; and a literal int is not handed to a helper,
+    because Numba compiles it anew for each: `np.int64(0)` is none.
     """
     if function is None:
         return lambda f: kernel(f, parallel=parallel, **options)

@@ -80,7 +80,7 @@ def deal(row, width, stride, before, lines, pitch):
             places[(c + before) % stride * pitch + (c + before) // stride] = pixels[c]
 
 
-@kernel
+@kernel(inline="always")
 def places(size, stride, dilation, pitch):
     """Where column v of the first window lies in lines that a row has been dealt out to, for each v."""
     result = np.empty(size, np.int64)

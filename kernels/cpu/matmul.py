@@ -118,13 +118,14 @@ def copy_block(target, target_step, source, source_step, rows, columns):
 
 
 @kernel
-def multiply(first, last, a, row_step, left_step, b, depth_step, column_step, bias, out, depth, block):
-    """The jobs from `first` to `last`: a block of rows of a strip each.
+def multiply(part, parts, jobs, a, row_step, left_step, b, depth_step, column_step, bias, out, depth, block):
+    """One core's share of a product. A job is a block of rows of a strip.
 
     Args:
         a, b: addresses; the steps from element to element are in bytes.
         bias: (columns,), or of no length.
     """
+    first, last = jobs * part // parts, jobs * (part + 1) // parts
     rows, columns = out.shape
     blocks, strips = -(-rows // block), -(-columns // STRIP)
     by_columns = row_step == 4 and left_step != 4  # then a is copied, too, and strips change quicker than blocks
@@ -151,7 +152,7 @@ def multiply(first, last, a, row_step, left_step, b, depth_step, column_step, bi
             if by_columns:
                 if packed_block != top:
                     packed_block = top
-                    pack_columns(address(panels), left, left_step, 4, deep, high)
+                    pack_columns(address(panels), left, left_step, np.int64(4), deep, high)
                 left, steps = address(panels), (4, pitch_of(deep), VECTOR_BYTES)
             target, step, whole = address(out) + top * line + 4 * column, line, some % LANES == 0
             if not whole:
@@ -168,19 +169,14 @@ def multiply(first, last, a, row_step, left_step, b, depth_step, column_step, bi
 
 
 @kernel
-def multiply_share(part, parts, jobs, *arguments):
-    multiply(jobs * part // parts, jobs * (part + 1) // parts, *arguments)
-
-
-@kernel
 def multiply_serially(parts, *product):
-    multiply_share(0, 1, *product)
+    multiply(0, 1, *product)
 
 
 @kernel(parallel=True)
 def multiply_on_cores(parts, *product):
     for part in prange(parts):
-        multiply_share(part, parts, *product)
+        multiply(np.int64(part), parts, *product)
 
 
 # -- few rows ----------------------------------------------------------------------------------------------------------
@@ -233,8 +229,8 @@ def dot_rows_on_cores(parts, groups, x, weight, bias, out):
 def gradients_part(part, parts, to_x, to_weight, g, sums):
     """A share of two products and of the sums of g's columns: one launch for three pieces of work, which need not wait
     for each other. A piece that is not wanted has no jobs."""
-    multiply_share(part, parts, *to_x)
-    multiply_share(part, parts, *to_weight)
+    multiply(part, parts, *to_x)
+    multiply(part, parts, *to_weight)
     blocks = -(-len(sums) // WIDE)
     add_rows(g, sums, blocks * part // parts, blocks * (part + 1) // parts)
 
@@ -247,7 +243,7 @@ def gradients_serially(parts, *arguments):
 @kernel(parallel=True)
 def gradients_on_cores(parts, to_x, to_weight, g, sums):
     for part in prange(parts):
-        gradients_part(part, parts, to_x, to_weight, g, sums)
+        gradients_part(np.int64(part), parts, to_x, to_weight, g, sums)
 
 
 # -- entry points ------------------------------------------------------------------------------------------------------

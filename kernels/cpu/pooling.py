@@ -59,7 +59,7 @@ def where_equal(typing, a, b, value, other):
     return vector(vector, vector, vector, vector), generate
 
 
-@kernel
+@kernel(inline="always")
 def side_by_side(pictures, results, size, stride, before, dilation):
     """Whether windows of 2×2 lie side by side and cover pictures whole; by the arrays' shapes."""
     whole = pictures[1] == 2 * results[1] and pictures[2] == 2 * results[2]
@@ -207,7 +207,7 @@ def unhalve_maxima(g, x, largest, out, height, width):
                     store_some(out + row + behind, high(first, second), right)
 
 
-@kernel
+@kernel(inline="always")
 def place_of(value, picture, top, left, size, dilation):
     """Row and column of a window's first element that equals the value; -1 if none does."""
     height, width = picture.shape
