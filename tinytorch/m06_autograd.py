@@ -707,9 +707,9 @@ def root(x: Tensor, gradient: Tensor | None, create_graph: bool) -> tuple[Any, A
         gradient = Tensor(backend_of(x.data).ones(x.data.shape, dtype=x.data.dtype))
     elif gradient.shape != x.shape:
         raise ValueError(f"backward: the gradient has shape {gradient.shape}, the tensor {x.shape}")
-    gradient = gradient.to(x.dtype)
-    if x.is_leaf and not create_graph:
-        gradient = gradient.detach().clone()  # the leaf will own it
+    else:
+        gradient = gradient.to(x.dtype)
+        gradient = gradient.detach().clone() if x.is_leaf and not create_graph else gradient  # the leaf will own it
     return leaf_of(x), gradient if create_graph else gradient.data
 
 

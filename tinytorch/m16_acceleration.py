@@ -20,7 +20,7 @@ import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from functools import cache
+from functools import cache, partial
 from pathlib import Path
 from typing import Any
 from unittest.mock import patch
@@ -29,7 +29,7 @@ from tinytorch.backends import count_cuda_devices, get_backend
 from tinytorch.kernels import compiled, load, prange
 from tinytorch.m01_setup import assert_close, first_line, print_table, run_module, seconds
 from tinytorch.m01_setup_appendix import BLUE, GREY, ORANGE, dress_axes, new_figure, save_figure
-from tinytorch.m02_tensor import Op, Tensor, add, matmul, op, randn, tensor
+from tinytorch.m02_tensor import REFERENCE_ONLY, Op, Tensor, add, matmul, op, randn, tensor
 from tinytorch.m03_activations import relu
 from tinytorch.m09_spatial import conv2d, convolve_by_loops, lay_windows
 
@@ -561,8 +561,8 @@ def test_new_memory_is_paid_for_page_by_page() -> None:
 # ### The registry
 # An operation knows nothing of kernels. What stands here knows of both: for which operation, on which backend, under
 # which condition a faster function runs, and where that function is found. It hands them to the door of module 02
-# (`Op.implement`), which asks the condition at each call, a tenth of a microsecond each; where it does not hold, the
-# operation's own function runs.
+# (`Op.implement`), which asks the condition at each call, a tenth of a microsecond each; where it does not hold, or
+# while kernels are turned off, the operation's own function runs.
 #
 # A kernel may fail to load: no Numba, a damaged cache, a CPU that it cannot be compiled for. So its first call is on
 # probation. If it raises, the reference decides: what raises there too was the caller's mistake, and anything else is
@@ -570,8 +570,10 @@ def test_new_memory_is_paid_for_page_by_page() -> None:
 
 # %%
 KERNELS: list[Kernel] = []  # what is attached; of two for one operation, the later one is asked first
+TRIED: dict[Kernel, Callable] = {}  # what runs in a kernel's place since its first call: it, or the reference
 LOCK = threading.RLock()
-_off = 1 if os.environ.get("TINYTORCH_KERNELS", "").lower() in ("off", "0", "no") else 0
+if os.environ.get("TINYTORCH_KERNELS", "").lower() in ("off", "0", "no"):
+    REFERENCE_ONLY.append("TINYTORCH_KERNELS")
 
 
 @dataclass(frozen=True)
@@ -594,61 +596,45 @@ class Kernel:
 
 def attach(op: Op, backend: str, place: str, when: Callable[..., bool], why: str) -> Kernel:
     """Have a kernel run in an operation's place where `when` holds, and list it in KERNELS."""
-
-    def condition(*arrays: Any, **attributes: Any) -> bool:
-        return not _off and when(*arrays, **attributes)
-
     kernel = Kernel(op, backend, place, when, why)
-    op.implement(backend, on_probation(kernel), condition)
+    op.implement(backend, partial(on_probation, kernel), when)
     KERNELS.append(kernel)
     return kernel
 
 
-def on_probation(kernel: Kernel) -> Callable:
-    """The kernel as a function, loaded at its first call; the operation's own function if that call fails."""
-    function: Callable | None = None
-
-    def run(*arguments: Any, **attributes: Any) -> Any:
-        nonlocal function
-        if function is None:
-            with LOCK:  # a second thread waits here, and does not compile it too
-                if function is None:
-                    function, out = first_call(kernel, arguments, attributes)
-                    return out
-        return function(*arguments, **attributes)
-
-    return run
-
-
-def first_call(kernel: Kernel, arguments: tuple, attributes: dict) -> tuple[Callable, Any]:
-    """The function to use from now on, and what this call returns."""
-    try:
-        function = load(kernel.place)
-        return function, function(*arguments, **attributes)
-    except Exception as error:
-        out = kernel.op.function(*arguments, **attributes)
-        warnings.warn(f"{kernel.op.name}: the kernel {kernel.place} failed at its first call ({type(error).__name__}: "
-                      f"{first_line(error)}); the reference runs in its place, slower",
-                      RuntimeWarning, stacklevel=2)  # fmt: skip
-        return kernel.op.function, out
+def on_probation(kernel: Kernel, *arguments: Any, **attributes: Any) -> Any:
+    """A kernel's first call: load it, and have the operation call from then on what this call has shown to work."""
+    with LOCK:  # a second thread waits here, and does not compile it too
+        if kernel in TRIED:
+            return TRIED[kernel](*arguments, **attributes)
+        try:
+            function = load(kernel.place)
+            out = function(*arguments, **attributes)
+        except Exception as error:
+            function = kernel.op.function
+            out = function(*arguments, **attributes)
+            warnings.warn(f"{kernel.op.name}: the kernel {kernel.place} failed at its first call "
+                          f"({type(error).__name__}: {first_line(error)}); the reference runs in its place, slower",
+                          RuntimeWarning, stacklevel=2)  # fmt: skip
+        TRIED[kernel] = function
+        places = kernel.op.implementations[kernel.backend]
+        places[[when for when, _ in places].index(kernel.when)] = kernel.when, function
+        return out
 
 
 def kernels_enabled() -> bool:
     """Whether kernels run. TINYTORCH_KERNELS=off in the environment turns them off for a process."""
-    return not _off
+    return not REFERENCE_ONLY
 
 
 @contextmanager
 def reference_kernels() -> Iterator[None]:
     """Have every operation run its own code, on every thread: `with` it, or decorate a function."""
-    global _off
-    with LOCK:
-        _off += 1
+    REFERENCE_ONLY.append("reference_kernels")
     try:
         yield
     finally:
-        with LOCK:
-            _off -= 1
+        REFERENCE_ONLY.remove("reference_kernels")
 
 
 def double(xp: Any, x: Any) -> Any:
