@@ -26,6 +26,7 @@ import numpy as np
 import platformdirs
 from llvmlite import binding
 from numba import njit
+from numba.np.ufunc import parallel as threads
 
 __all__ = ["CPU", "LANES", "cache_folder", "cores", "features", "kernel", "plain", "run"]
 
@@ -114,7 +115,15 @@ if hasattr(os, "register_at_fork"):
 
 def cores() -> int:
     """How many cores kernels are spread over: NUMBA_NUM_THREADS, or all there are; 1 in a forked process."""
-    return 1 if _forked else numba.get_num_threads()
+    return 1 if _forked else _thread_count()()
+
+
+@cache
+def _thread_count() -> Callable[[], int]:
+    """Numba's own way to the number, once it has started its threads: the public one takes a lock first, which is
+    longer than some kernels."""
+    numba.get_num_threads()
+    return getattr(threads, "_get_num_threads", numba.get_num_threads)
 
 
 class Workers:

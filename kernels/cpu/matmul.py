@@ -39,6 +39,7 @@ STRIP = 2 * LANES  # columns of a tile
 GROUP = 4  # strips that are copied at once
 DEPTH = 512  # products that are added up in registers; 256 KB of a group, a part of a second-level cache
 BLOCK = 256  # rows of results that a job has, for which a strip is copied once
+LINE = 64  # bytes that a CPU's cache moves at once
 NARROW_ROWS = min(2 * ROWS, LANES)  # of a tile of one vector
 
 
@@ -46,6 +47,15 @@ NARROW_ROWS = min(2 * ROWS, LANES)  # of a tile of one vector
 def pitch_of(depth):
     """Bytes from one column of copied vectors to the next; at a power of two all would share a few lines of a cache."""
     return (depth + 1) * VECTOR_BYTES
+
+
+@kernel(inline="always")
+def line_from(scratch):
+    """Where a scratch's first line of the CPU's cache begins: a vector that lies in two lines takes twice as long.
+
+    To be asked where it is used, and not before: Numba frees an array behind the last place that names it.
+    """
+    return (address(scratch) + LINE - 1) // LINE * LINE
 
 
 @kernel
@@ -130,8 +140,9 @@ def multiply(part, parts, jobs, a, row_step, left_step, b, depth_step, column_st
     blocks, strips = -(-rows // block), -(-columns // STRIP)
     by_columns = row_step == 4 and left_step != 4  # then a is copied, too, and strips change quicker than blocks
     most = max(1, min(depth, DEPTH))
-    strip, narrow = np.empty(GROUP * 2 * (most + 1) * LANES, np.float32), np.empty((block, STRIP), np.float32)
-    panels = np.empty(-(-block // LANES) * LANES * (most + 1) if by_columns else 0, np.float32)
+    strip = np.empty(GROUP * 2 * (most + 1) * LANES + LANES, np.float32)
+    panels = np.empty(-(-block // LANES) * LANES * (most + 1) + LANES if by_columns else 0, np.float32)
+    narrow = np.empty((block, STRIP), np.float32)
     start, line = np.zeros(STRIP, np.float32), 4 * columns
     for begin in range(0, max(depth, 1), most):
         deep = min(most, depth - begin)
@@ -143,8 +154,8 @@ def multiply(part, parts, jobs, a, row_step, left_step, b, depth_step, column_st
                 packed, packed_end = this, min(this + GROUP, needed, strips)
                 source = b + this * STRIP * column_step + begin * depth_step
                 width = min((packed_end - this) * STRIP, columns - this * STRIP)
-                pack_columns(address(strip), source, depth_step, column_step, deep, width)
-            column, top, right = this * STRIP, top * block, address(strip) + (this - packed) * 2 * pitch_of(deep)
+                pack_columns(line_from(strip), source, depth_step, column_step, deep, width)
+            column, top, right = this * STRIP, top * block, line_from(strip) + (this - packed) * 2 * pitch_of(deep)
             some, high = min(STRIP, columns - column), min(block, rows - top)
             for i in range(some if len(bias) > 0 else 0):
                 start[i] = bias[column + i]
@@ -152,8 +163,8 @@ def multiply(part, parts, jobs, a, row_step, left_step, b, depth_step, column_st
             if by_columns:
                 if packed_block != top:
                     packed_block = top
-                    pack_columns(address(panels), left, left_step, np.int64(4), deep, high)
-                left, steps = address(panels), (4, pitch_of(deep), VECTOR_BYTES)
+                    pack_columns(line_from(panels), left, left_step, np.int64(4), deep, high)
+                left, steps = line_from(panels), (4, pitch_of(deep), VECTOR_BYTES)
             target, step, whole = address(out) + top * line + 4 * column, line, some % LANES == 0
             if not whole:
                 if begin:
