@@ -35,21 +35,11 @@ from tinytorch.kernels.cpu.vectors import (
     store,
     store_part,
     vector,
+    where_less,
 )
 
 # -- functions of vectors ----------------------------------------------------------------------------------------------
 # Each is rounded as it is written: to add up in another order would undo what they do to keep their precision.
-
-
-@intrinsic
-def where_less(typing, a, b, x, y):
-    """x where a < b, y elsewhere."""
-
-    def generate(context, builder, signature, arguments):
-        a, b, x, y = arguments
-        return builder.select(builder.fcmp_ordered("<", a, b), x, y)
-
-    return vector(vector, vector, vector, vector), generate
 
 
 @intrinsic

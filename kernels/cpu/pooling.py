@@ -31,7 +31,7 @@ from tinytorch.kernels.cpu.lines import (
     spread,
     store_some,
 )
-from tinytorch.kernels.cpu.vectors import LANES, address, blank, broadcast, load, store, vector
+from tinytorch.kernels.cpu.vectors import LANES, address, blank, broadcast, load, store, vector, where_equal
 
 __all__ = ["avg_pool", "avg_pool_gradient", "gather_from_maxima", "max_pool", "scatter_to_maxima"]
 
@@ -46,17 +46,6 @@ def larger(typing, a, b):
         return builder.select(builder.fcmp_unordered("uno", a, a), a, either)
 
     return vector(vector, vector), generate
-
-
-@intrinsic
-def where_equal(typing, a, b, value, other):
-    """`value` in the lanes where a equals b, `other` elsewhere. nan equals nothing."""
-
-    def generate(context, builder, signature, arguments):
-        a, b, value, other = arguments
-        return builder.select(builder.fcmp_ordered("==", a, b), value, other)
-
-    return vector(vector, vector, vector, vector), generate
 
 
 @kernel(inline="always")

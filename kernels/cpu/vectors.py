@@ -18,7 +18,7 @@ from numba.extending import intrinsic, models, overload, register_model
 from tinytorch.kernels.cpu.jit import LANES
 
 __all__ = ["LANES", "address", "apart", "blank", "broadcast", "floats", "fma", "keep", "largest", "load", "load_part",
-           "maximum", "minimum", "store", "store_part", "total"]  # fmt: skip
+           "maximum", "minimum", "store", "store_part", "total", "where_equal", "where_less"]  # fmt: skip
 
 F32, I1, I32, I64 = ir.FloatType(), ir.IntType(1), ir.IntType(32), ir.IntType(64)
 VECTOR = ir.VectorType(F32, LANES)
@@ -187,6 +187,23 @@ def minimum(typing, a, b):
         return builder.select(smaller, *arguments)
 
     return vector(vector, vector), generate
+
+
+def where(predicate: str) -> Any:
+    """The instruction: `value` in the lanes where a and b compare so, `other` elsewhere. nan compares with nothing."""
+
+    @intrinsic
+    def chosen(typing, a, b, value, other):
+        def generate(context, builder, signature, arguments):
+            a, b, value, other = arguments
+            return builder.select(builder.fcmp_ordered(predicate, a, b), value, other)
+
+        return vector(vector, vector, vector, vector), generate
+
+    return chosen
+
+
+where_less, where_equal = where("<"), where("==")
 
 
 @intrinsic
