@@ -171,6 +171,10 @@ class Backend:
         """x[index] = value, in place."""
         x[index] = value
 
+    def increase(self, x: Array, index: Any, value: Any) -> None:
+        """x[index] += value, in place, for an index in which no position occurs twice."""
+        x[index] += value
+
     def scatter_add(self, x: Array, index: Any, values: Array) -> Array:
         """x[index] += values in place, where a position that occurs twice gets both; returns x."""
         raise NotImplementedError

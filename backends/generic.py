@@ -43,6 +43,9 @@ class GenericBackend(Backend):
         host[self._to_host(index)] = self.to_numpy(value) if isinstance(value, self.array_type) else value
         x[...] = self.from_numpy(host)
 
+    def increase(self, x: Array, index: Any, value: Any) -> None:
+        self.scatter_add(x, index, value)
+
     def scatter_add(self, x: Array, index: Any, values: Array) -> Array:
         host = np.array(self.to_numpy(x))
         np.add.at(host, self._to_host(index), self.to_numpy(values))

@@ -326,6 +326,7 @@ CASES = (
     Case("ResNet-8 step, batch 128", picture_step(resnet_8, 128), ratio=0.7),
     Case("GPT step, 4 layers, 128 wide, T 64, batch 12", gpt_step(4, 4, 128, 64, 12), ratio=0.5),
     Case("GPT step, 6 layers, 256 wide, T 128, batch 8", gpt_step(6, 8, 256, 128, 8), ratio=0.5),
+    Case("GPT step, 2 layers, 64 wide, T 32, batch 8", gpt_step(2, 2, 64, 32, 8), ratio=0.75),
     Case(
         "1024^3 product, int8 beside NumPy's float32", integer_product, ratio=1 / 3, reference="numpy", one_thread=True
     ),

@@ -196,11 +196,11 @@ NON_DIFFERENTIABLE: set[Op] = set()
 def gradient(op: Op, together: Callable | None = None, **rules: Callable | None) -> None:
     """Give an operation its gradient: a rule for each input by name, or None for an input that has none.
 
-    Or one rule for all `together`, which returns a tuple: the gradient of each input, None where there is none.
+    Or one rule for all others `together`, which returns a tuple: the gradient of each input, None where there is none.
     """
     if op in RULES or op in NON_DIFFERENTIABLE:
         raise ValueError(f"gradient: {op.name} has its rules already")
-    RULES[op] = Rules(op, together, rules if together is None else dict.fromkeys(op.inputs, together))
+    RULES[op] = Rules(op, together, rules if together is None else dict.fromkeys(op.inputs, together) | rules)
 
 
 def non_differentiable(*ops: Op) -> None:
@@ -319,7 +319,7 @@ class Slices:
         (index, g), *others = self.parts
         out = scatter(g, index=index, shape=self.shape)
         for index, g in others:
-            out[index] += g
+            backend_of(out).increase(out, index, g)
         return out
 
 

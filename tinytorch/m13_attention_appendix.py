@@ -76,7 +76,7 @@ def cached_rule(g: Any, query: Any, key: Any, value: Any, lengths: Any, scale: f
     return reshape(found[0], shape=query.shape), found[1], found[2], None
 
 
-gradient(cached_attention, together=cached_rule)
+gradient(cached_attention, together=cached_rule, lengths=None)
 
 # -- PyTorch's layer ---------------------------------------------------------------------------------------------------
 

@@ -125,6 +125,18 @@ def carries_back(g: Any, weight: Any, *, windows: Windows, groups: int) -> bool:
     return known and weight.shape[1] > 1 and math.prod(windows.stride) <= MOST_STRIDES
 
 
+FEWEST_CHANNELS, FEWEST_PIXELS = 16, 1 << 12
+
+
+def convolves_in_pairs(x: Any, weight: Any, bias: Any = None, *, windows: Windows, groups: int) -> bool:
+    """3×3 windows a pixel apart, over rows of an even length with a zero at both ends; and some channels, because to
+    transform a pixel must pay for itself, and some pixels, for the weights' sake. A gradient comes in x's place."""
+    usual = windows.size == (3, 3) and windows.stride == windows.dilation == windows.padding[1] == (1, 1)
+    enough = min(weight.shape[:2]) >= FEWEST_CHANNELS and len(x) * math.prod(windows.count) >= FEWEST_PIXELS
+    width = windows.shape[1]
+    return usual and enough and groups == 1 and width % 2 == 0 and width > 2 and single(x, weight, bias)
+
+
 def convolves_depthwise(x: Any, weight: Any, bias: Any = None, *, windows: Windows, groups: int) -> bool:
     return single(x, weight, bias) and depthwise(weight, groups)
 
@@ -249,6 +261,7 @@ CPU = "tinytorch.kernels.cpu"
 FLOATS = "float32"
 SEVERAL, SEVERAL_TEXT = 2048, "float32, from 2,048 elements"
 PLACES_TEXT = f"float32, pictures with {FEWEST_PLACES} windows or more"
+PAIRS_TEXT = "float32, 3×3, stride 1, padding 1 across, an even width, from 16 channels and 4,096 pixels"
 DEPTHWISE_TEXT = "float32, a group for each channel"
 NORMS_TEXT = "float32, over the last axes or over all but the second"
 
@@ -279,6 +292,9 @@ for _operation, _place, _when, _why in (
     (convolution_input_gradient, "convolution:convolution_input_gradient", carries_back,
      f"{PLACES_TEXT}, strides to 8, not to one channel"),
     (convolution_weight_gradient, "convolution:convolution_weight_gradient", weighs, PLACES_TEXT),
+    (convolution, "winograd:convolution", convolves_in_pairs, PAIRS_TEXT),
+    (convolution_relu, "winograd:convolution_relu", convolves_in_pairs, PAIRS_TEXT),
+    (convolution_input_gradient, "winograd:convolution_input_gradient", convolves_in_pairs, PAIRS_TEXT),
     (convolution, "depthwise:depthwise_convolution", convolves_depthwise, DEPTHWISE_TEXT),
     (convolution_relu, "depthwise:depthwise_convolution_relu", convolves_depthwise, DEPTHWISE_TEXT),
     (convolution_input_gradient, "depthwise:depthwise_input_gradient", convolves_depthwise, DEPTHWISE_TEXT),

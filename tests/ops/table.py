@@ -2314,8 +2314,8 @@ row(
         bad(lambda: cache(key=(2, 2, 5, 4)), ValueError, r"'keys': \(2, 2, 5, 4\)"),
         bad(lambda: cache(lengths=(1, 2, 3)), ValueError, r"'lengths': \(3,\)"),
         bad(lambda: cache(lengths=(1.0, 2.0)), ValueError, "integers"),
-        bad(lambda: cache(lengths=(1, 6)), ValueError, r"lengths must be between 0 and 5, got \[1 6\]"),
-        bad(lambda: cache(lengths=(-1, 5)), ValueError, r"lengths must be between 0 and 5, got \[-1"),
+        bad(lambda: cache(lengths=(1, 6)), ValueError, "lengths must be between 0 and 5, got .*1, *6|got .*1 6"),
+        bad(lambda: cache(lengths=(-1, 5)), ValueError, "lengths must be between 0 and 5, got .*-1"),
     ],
     loose=5,
 )
