@@ -838,8 +838,8 @@ def analyze() -> None:
 # the compiler. Memory is kept by the CUDA caching allocator; on the CPU PyTorch leaves it to malloc, and servers
 # preload jemalloc or tcmalloc.
 #
-# Where a kernel is at the machine's limit, only fewer operations help. cuDNN, and `kernels/cpu/winograd.py` with it, do a
-# 3×3 convolution with two thirds of the multiplications or fewer (Winograd, 1980).
+# Where a kernel is at the machine's limit, only fewer operations help. cuDNN, and `kernels/cpu/winograd.py` with it, do
+# a 3×3 convolution with two thirds of the multiplications or fewer (Winograd, 1980).
 #
 # The table of kernels that TinyTorch ships is in the appendix, and `tinytorch kernels` prints it. Left out here: a
 # third level of blocks, memory on several sockets, and trying variants to find the fastest.

@@ -372,11 +372,12 @@ def describe_kernels() -> dict[str, Any]:
 
 def example(kernel: Kernel, count: int) -> tuple[tuple, dict[str, Any]]:
     """Inputs and attributes that a kernel takes: `count` pictures, or rows; norms take pictures if it is even."""
-    channels = 4
-    windows = lay_windows("warmup", (16, 16), (3, 3), (1, 1), ((1, 1), (1, 1)), (1, 1))
+    channels, side = (16, 64 if count < 64 else 8) if "winograd" in kernel.place else (4, 16)  # the least that it takes
+    windows = lay_windows("warmup", (side, side), (3, 3), (1, 1), ((1, 1), (1, 1)), (1, 1))
     halves = lay_windows("warmup", (16, 16), (2, 2), (2, 2), ((0, 0), (0, 0)), (1, 1))
     groups = channels if "depthwise" in kernel.place else 1
-    x, small, rows = (randn(*s).data for s in ((count, channels, 16, 16), (count, channels, 8, 8), (16 * count, 32)))
+    x, small = (randn(count, channels, n, n).data for n in (side, 8))
+    rows = randn(16 * count, 32).data
     weight, scores = randn(channels, channels // groups, 3, 3).data, randn(count, 4, 16, 16).data
     ids, column = zeros(len(rows), dtype="int64").data, randn(len(rows), 1).data
     full = (zeros(count, dtype="int64") + 16).data
