@@ -200,7 +200,7 @@ def gradient(op: Op, together: Callable | None = None, **rules: Callable | None)
     """
     if op in RULES or op in NON_DIFFERENTIABLE:
         raise ValueError(f"gradient: {op.name} has its rules already")
-    RULES[op] = Rules(op, together, rules if together is None else dict.fromkeys(op.inputs, together) | rules)
+    RULES[op] = Rules(op, together, rules if together is None else {**dict.fromkeys(op.inputs, together), **rules})
 
 
 def non_differentiable(*ops: Op) -> None:
