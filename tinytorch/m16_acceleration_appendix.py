@@ -232,22 +232,22 @@ def multiplies(a: Any, b: Any) -> bool:
     """Not a product of a few rows or columns, or of matrices whose lengths do not agree."""
     if not single(a, b) or not b.ndim == 2 <= a.ndim or a.shape[-1] != b.shape[0]:
         return False
-    return worth_it(a.size, *b.shape, LEAST_BY_COLUMNS if b.strides[0] == 4 else LEAST_PRODUCT)
+    return worth_it(LEAST_BY_COLUMNS if b.strides[0] == 4 else LEAST_PRODUCT, a.size, *b.shape)
 
 
 def multiplies_linear(x: Any, weight: Any, bias: Any = None) -> bool:
     if not single(x, weight, bias) or not weight.ndim == 2 <= x.ndim or x.shape[-1] != weight.shape[1]:
         return False
     few = x.size < FEW_ROWS * weight.shape[1] and x.size * len(weight) >= LEAST_FEW
-    enough = few or worth_it(x.size, *weight.shape[::-1], LEAST_BY_COLUMNS)
+    enough = few or worth_it(LEAST_BY_COLUMNS, x.size, *weight.shape[::-1])
     return enough and (bias is None or bias.shape == weight.shape[:1])
 
 
 def multiplies_back(g: Any, x: Any, weight: Any, **attributes: Any) -> bool:
-    return single(g, x, weight) and g.ndim > 1 and worth_it(g.size, *weight.shape, LEAST_PRODUCT)
+    return single(g, x, weight) and g.ndim > 1 and worth_it(LEAST_PRODUCT, g.size, *weight.shape)
 
 
-def worth_it(size: int, depth: int, columns: int, least: int) -> bool:
+def worth_it(least: int, size: int, depth: int, columns: int) -> bool:
     return size * columns >= least and columns >= 8 and size >= LEAST_ROWS * depth
 
 
