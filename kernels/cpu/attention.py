@@ -20,6 +20,7 @@ from numba.core import cgutils
 from numba.extending import intrinsic
 
 from tinytorch.kernels.cpu.jit import CPU, cores, kernel, plain, run
+from tinytorch.kernels.cpu.tiles import line_from
 from tinytorch.kernels.cpu.vectors import (
     F32,
     I32,
@@ -362,7 +363,7 @@ def attend(number, first, stop, lead, shape, places, largest, sums, scale, causa
     pair, rows, (_, keys, features, width) = pair_of(number, lead), stop - first, shape
     padded, across = wide(rows) * LANES, KEYS * FLOAT
     long, broad = wide(features) * WIDE, wide(width) * WIDE  # bytes of a row of queries, and of values
-    queries = (address(scratch) + 63) // 64 * 64
+    queries = line_from(scratch)
     gathered = queries + padded * long
     key_block = gathered + padded * broad
     values = key_block + KEYS * long
@@ -481,7 +482,7 @@ def attend_back(number, lead, shape, places, largest, sums, scale, causal, scrat
     pair, (queries, keys, features, width) = pair_of(number, lead), shape
     padded, across = wide(queries) * LANES, KEYS * FLOAT
     long, broad = wide(features) * WIDE, wide(width) * WIDE  # bytes of a row of queries, and of values
-    asked = (address(scratch) + 63) // 64 * 64
+    asked = line_from(scratch)
     to_asked = asked + padded * long
     changes = to_asked + padded * long
     peaks = changes + padded * broad

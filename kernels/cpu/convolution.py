@@ -413,18 +413,24 @@ def write_buffer(target, picture_bytes, height, width, buffer, phase_bytes, row_
                         weave(place, first, phase_bytes, plan.column_phases, width)
 
 
+@kernel(inline="always")
+def convolve_phase(phase, start_rows, weight_rows, target_rows, phase_bytes, source, plan, vectors, rectify):
+    """One phase's results of some channels, all vectors; what is added up begins with the numbers at `start_rows`."""
+    table, taps = plan.vectors, address(plan.taps) + PAIR * plan.phases[phase]
+    count = plan.phases[phase + 1] - plan.phases[phase]
+    for v in range(0, vectors, 2):
+        w = min(v + 1, vectors - 1)
+        columns = (source + table[v, 0], source + table[w, 0])
+        places = (phase * phase_bytes + table[v, 1], phase * phase_bytes + table[w, 1])
+        convolve_tile(start_rows, weight_rows, columns, taps, count, rectify, target_rows, places)
+
+
 @kernel
 def convolve_panel(weight_rows, bias_rows, target_rows, phase_bytes, source, plan, vectors, rectify):
     """The results of some channels, all phases and vectors; the rows' addresses are those of the first phase."""
     apart()
-    table, phases = plan.vectors, plan.phases
-    for phase in range(len(phases) - 1):
-        taps, count = address(plan.taps) + PAIR * phases[phase], phases[phase + 1] - phases[phase]
-        for v in range(0, vectors, 2):
-            w = min(v + 1, vectors - 1)
-            columns = (source + table[v, 0], source + table[w, 0])
-            places = (phase * phase_bytes + table[v, 1], phase * phase_bytes + table[w, 1])
-            convolve_tile(bias_rows, weight_rows, columns, taps, count, rectify, target_rows, places)
+    for phase in range(len(plan.phases) - 1):
+        convolve_phase(phase, bias_rows, weight_rows, target_rows, phase_bytes, source, plan, vectors, rectify)
 
 
 @kernel

@@ -25,6 +25,7 @@ from tinytorch.kernels.cpu.tiles import (
     FEW_ROWS,
     ROWS,
     VECTOR_BYTES,
+    line_from,
     load_tile,
     products_in_steps,
     rows_from,
@@ -39,7 +40,6 @@ STRIP = 2 * LANES  # columns of a tile
 GROUP = 4  # strips that are copied at once
 DEPTH = 512  # products that are added up in registers; 256 KB of a group, a part of a second-level cache
 BLOCK = 256  # rows of results that a job has, for which a strip is copied once
-LINE = 64  # bytes that a CPU's cache moves at once
 NARROW_ROWS = min(2 * ROWS, LANES)  # of a tile of one vector
 
 
@@ -47,15 +47,6 @@ NARROW_ROWS = min(2 * ROWS, LANES)  # of a tile of one vector
 def pitch_of(depth):
     """Bytes from one column of copied vectors to the next; at a power of two all would share a few lines of a cache."""
     return (depth + 1) * VECTOR_BYTES
-
-
-@kernel(inline="always")
-def line_from(scratch):
-    """Where a scratch's first line of the CPU's cache begins: a vector that lies in two lines takes twice as long.
-
-    To be asked where it is used, and not before: Numba frees an array behind the last place that names it.
-    """
-    return (address(scratch) + LINE - 1) // LINE * LINE
 
 
 @kernel

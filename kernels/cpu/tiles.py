@@ -15,15 +15,25 @@ from numba import types
 from numba.extending import intrinsic
 
 from tinytorch.kernels.cpu.jit import CPU, kernel
-from tinytorch.kernels.cpu.vectors import F32, I32, I64, LANES, VECTOR, call, floats, splat, vector
+from tinytorch.kernels.cpu.vectors import F32, I32, I64, LANES, VECTOR, address, call, floats, splat, vector
 
-__all__ = ["FEW_ROWS", "PAIR", "ROWS", "VECTOR_BYTES", "load_tile", "products", "products_in_steps", "rectified",
-           "rows_from", "spread", "store_tile", "transpose", "turn"]  # fmt: skip
+__all__ = ["FEW_ROWS", "PAIR", "ROWS", "VECTOR_BYTES", "line_from", "load_tile", "products", "products_in_steps",
+           "rectified", "rows_from", "spread", "store_tile", "transpose", "turn"]  # fmt: skip
 
 ROWS = 8 if CPU == "avx512" else 4  # of a tile; with two vectors each they fill half of the registers
 FEW_ROWS = ROWS // 2  # of a tile where no more are left
 PAIR = 16  # bytes of two shifts
 VECTOR_BYTES = 4 * LANES
+LINE = 64  # bytes that a CPU's cache moves at once
+
+
+@kernel(inline="always")
+def line_from(scratch):
+    """Where a scratch's first line of the CPU's cache begins: a vector that lies in two lines takes twice as long.
+
+    To be asked where it is used, and not before: Numba frees an array behind the last place that names it.
+    """
+    return (address(scratch) + LINE - 1) // LINE * LINE
 
 
 def at(b: Any, place: Any, kind: Any) -> Any:

@@ -25,17 +25,18 @@ import numpy as np
 from numba import prange
 
 from tinytorch.kernels.cpu.convolution import (
-    PAIR,
     Axis,
     Plan,
-    convolve_tile,
+    clear_rows,
+    convolve_phase,
+    copy_rows,
     make_plan,
     place_of_job,
     scratch_for,
     split,
 )
 from tinytorch.kernels.cpu.jit import cores, kernel, plain, run
-from tinytorch.kernels.cpu.lines import even, high, load_some, low, odd, store_some
+from tinytorch.kernels.cpu.lines import even, high, low, odd, store_some
 from tinytorch.kernels.cpu.tiles import ROWS, VECTOR_BYTES, rows_from
 from tinytorch.kernels.cpu.vectors import LANES, address, apart, blank, load, maximum, where_less
 
@@ -45,14 +46,6 @@ FACTORS = 4  # m0 … m3
 
 
 # -- pixels ------------------------------------------------------------------------------------------------------------
-
-
-@kernel
-def fill_line(line, source, count):
-    """Copy `count` pixels to where all vectors that follow may read beyond them."""
-    apart()
-    for i in range(0, count, LANES):
-        store_some(line + 4 * i, load_some(source + 4 * i, count - i), count - i)
 
 
 @kernel
@@ -77,26 +70,21 @@ def to_differences(target, plane, line, edges, count):
 
 
 @kernel
-def clear(target, plane, count):
-    """Zeros in all four planes."""
-    for k in range(FACTORS):
-        for i in range(0, count, LANES):
-            store_some(target + k * plane + 4 * i, blank(), count - i)
-
-
-@kernel
 def lay_out_differences(target, source, plan, first, edges, line):
-    """For each channel the right factors of `plan.rows` rows, from row `first` of the picture on."""
+    """For each channel the right factors of `plan.rows` rows, from row `first` of the picture on.
+
+    line: the address of a scratch in which vectors may read beyond a channel's pixels, to both sides.
+    """
     apart()
     plane, pitch = 4 * plan.rows * plan.pitch, 4 * plan.pitch
     above = min(plan.rows, max(0, -first))
     shown = min(plan.rows, max(above, plan.height - first)) - above
     for _ in range(plan.channels):
-        fill_line(line, source + 4 * (first + above) * plan.width, shown * plan.width)
+        copy_rows(line, 0, source + 4 * (first + above) * plan.width, 0, 1, shown * plan.width, 1)
         to_differences(target + above * pitch, plane, line, edges, shown * plan.pitch)
         if plan.bands > 1:  # else these rows are the same in each picture, and are 0
-            clear(target, plane, above * plan.pitch)
-            clear(target + (above + shown) * pitch, plane, (plan.rows - above - shown) * plan.pitch)
+            clear_rows(target, plane, FACTORS, above * plan.pitch)
+            clear_rows(target + (above + shown) * pitch, plane, FACTORS, (plan.rows - above - shown) * plan.pitch)
         target += FACTORS * plane
         source += 4 * plan.height * plan.width
 
@@ -116,12 +104,8 @@ def to_left_factors(weight, turned, out):
                 else:
                     g0, g1, g2 = weight[t, s, u, 0], weight[t, s, u, 1], weight[t, s, u, 2]
                 outer, inner = (g0 + g2) * np.float32(0.5), g1 * np.float32(0.5)
-                out[t, s, u, 0], out[t, s, u, 1], out[t, s, u, 2], out[t, s, u, 3] = (
-                    g0,
-                    outer + inner,
-                    outer - inner,
-                    g2,
-                )
+                out[t, s, u, 0], out[t, s, u, 1] = g0, outer + inner
+                out[t, s, u, 2], out[t, s, u, 3] = outer - inner, g2
 
 
 # -- results -----------------------------------------------------------------------------------------------------------
@@ -131,15 +115,9 @@ def to_left_factors(weight, turned, out):
 def multiply_panel(weight_rows, bias_rows, zero_rows, target_rows, phase_bytes, source, plan, vectors):
     """m0 … m3 of some channels; m1, which both results add, begins with the bias."""
     apart()
-    table = plan.vectors
     for phase in range(FACTORS):
-        taps, count = address(plan.taps) + PAIR * plan.phases[phase], plan.phases[phase + 1] - plan.phases[phase]
-        for v in range(0, vectors, 2):
-            w = min(v + 1, vectors - 1)
-            columns = (source + table[v, 0], source + table[w, 0])
-            places = (phase * phase_bytes + table[v, 1], phase * phase_bytes + table[w, 1])
-            starts = bias_rows if phase == 1 else zero_rows
-            convolve_tile(starts, weight_rows, columns, taps, count, False, target_rows, places)
+        starts = bias_rows if phase == 1 else zero_rows
+        convolve_phase(phase, starts, weight_rows, target_rows, phase_bytes, source, plan, vectors, False)
 
 
 @kernel
@@ -149,10 +127,8 @@ def write_pairs(target, picture_bytes, plane_bytes, buffer, phase, row_bytes, pl
     pairs = plan.band * plan.across
     for n in range(pictures):
         for channel in range(channels):
-            source, place = (
-                buffer + channel * row_bytes + 4 * n * pairs,
-                target + n * picture_bytes + channel * plane_bytes,
-            )
+            source = buffer + channel * row_bytes + 4 * n * pairs
+            place = target + n * picture_bytes + channel * plane_bytes
             for k in range(0, pairs, LANES):
                 here, rest = source + 4 * k, 2 * (pairs - k)
                 m1, m2 = load(here + phase), load(here + 2 * phase)
