@@ -20,7 +20,7 @@ from numba.core import cgutils
 from numba.extending import intrinsic
 
 from tinytorch.kernels.cpu.jit import CPU, cores, kernel, plain, run
-from tinytorch.kernels.cpu.tiles import line_from
+from tinytorch.kernels.cpu.tiles import line_from, transpose
 from tinytorch.kernels.cpu.vectors import (
     F32,
     I32,
@@ -121,39 +121,6 @@ def tile(rows: int, vectors: int) -> Any:
 
 tile_of_one, tile_of_two = tile(ROWS, 1), tile(ROWS, 2)
 row_of_one, row_of_four = tile(1, 1), tile(1, 4)
-
-
-@intrinsic
-def transpose(typing, source, source_row, target, target_row):
-    """LANES rows of LANES float32 become columns."""
-
-    def generate(context, builder, signature, arguments):
-        source, source_row, target, target_row = arguments
-
-        def pointer(start, step, count):
-            place = builder.add(start, builder.mul(step, ir.Constant(I64, count)))
-            return builder.inttoptr(place, VECTOR.as_pointer())
-
-        rows = [builder.load(pointer(source, source_row, i), align=4) for i in range(LANES)]
-        step = 1
-        while step < LANES:  # exchange a bit of the row's number with the same bit of the column's
-            for i in range(LANES):
-                if not i & step:
-                    low, high = rows[i], rows[i + step]
-                    first = [LANES + lane - step if lane & step else lane for lane in range(LANES)]
-                    second = [LANES + lane if lane & step else lane + step for lane in range(LANES)]
-                    rows[i], rows[i + step] = (shuffle(builder, low, high, lanes) for lanes in (first, second))
-            step *= 2
-        for i, row in enumerate(rows):
-            builder.store(row, pointer(target, target_row, i), align=4)
-        return context.get_dummy_value()
-
-    return types.void(*[types.int64] * 4), generate
-
-
-def shuffle(builder: Any, low: Any, high: Any, lanes: list[int]) -> Any:
-    """LLVM: a vector of chosen lanes of two, the second's numbered from LANES on."""
-    return builder.shuffle_vector(low, high, ir.Constant(ir.VectorType(I32, LANES), lanes))
 
 
 @intrinsic
@@ -270,7 +237,7 @@ def turn(source, row, count, columns, target, spare):
                 fill(spare, LANES, 0.0)
                 pack(start, row, min(LANES, count - i), min(LANES, columns - j), spare, np.float32(1))
                 start, step = spare, WIDE
-            transpose(start, step, target + (j * KEYS + i) * FLOAT, KEYS * FLOAT)
+            transpose(target + (j * KEYS + i) * FLOAT, KEYS * FLOAT, start, step, LANES - 1)
 
 
 @kernel

@@ -25,13 +25,15 @@ from numba import prange, types
 from numba.extending import intrinsic
 
 from tinytorch.kernels.cpu.jit import cores, kernel, plain, run
+from tinytorch.kernels.cpu.lines import every_second
+from tinytorch.kernels.cpu.lines import high as weave_high
+from tinytorch.kernels.cpu.lines import low as weave_low
 from tinytorch.kernels.cpu.tiles import (
     FEW_ROWS,
     PAIR,
     ROWS,
     VECTOR_BYTES,
     at,
-    choice,
     load_tile,
     packed,
     products,
@@ -54,7 +56,6 @@ from tinytorch.kernels.cpu.vectors import (
     load_part,
     store,
     store_part,
-    vector,
 )
 
 __all__ = ["convolution", "convolution_input_gradient", "convolution_weight_gradient"]
@@ -261,25 +262,6 @@ def convolve_tile(bias_rows, weight_rows, columns, taps, count, rectify, target_
 
 
 # -- the scratch ----------------------------------------------------------------------------------------------------
-
-
-def shuffle(*lanes: int) -> Any:
-    """A function of two vectors that gives these lanes of both, counted through."""
-
-    @intrinsic
-    def chosen(typing, a, b):
-        def generate(context, builder, signature, arguments):
-            return builder.shuffle_vector(*arguments, choice(lanes))
-
-        return vector(vector, vector), generate
-
-    return chosen
-
-
-HALF = LANES // 2
-weave_low = shuffle(*(lane // 2 + lane % 2 * LANES for lane in range(LANES)))
-weave_high = shuffle(*(HALF + lane // 2 + lane % 2 * LANES for lane in range(LANES)))
-every_second = shuffle(*(2 * lane + (lane >= HALF) for lane in range(LANES)))  # the second vector begins one earlier
 
 
 @kernel
@@ -581,7 +563,7 @@ def collect(first, last, sums, out, groups):
                 for part in range(1, parts):
                     total = total + load(place + 4 * part * groups * taps * padded)
                 store(address(added) + i * VECTOR_BYTES, total)
-            transpose(address(turned), address(added), VECTOR_BYTES, LANES - 1)
+            transpose(address(turned), VECTOR_BYTES, address(added), VECTOR_BYTES, LANES - 1)
             place = address(out) + 4 * ((group * outputs + v * LANES) * taps + tap)
             for i in range(min(LANES, outputs - v * LANES)):
                 store_part(place + 4 * taps * i, load(address(turned) + i * VECTOR_BYTES), together)

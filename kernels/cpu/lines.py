@@ -15,8 +15,8 @@ from numba.extending import intrinsic
 from tinytorch.kernels.cpu.jit import kernel
 from tinytorch.kernels.cpu.vectors import I32, LANES, blank, floats, load, load_part, store, store_part, vector
 
-__all__ = ["axis_margins", "deal", "even", "high", "line_length", "load_some", "low", "meetings", "odd", "places",
-           "spread", "store_some", "vectors_of"]  # fmt: skip
+__all__ = ["axis_margins", "deal", "even", "every_second", "high", "line_length", "load_some", "low", "meetings", "odd",
+           "places", "spread", "store_some", "vectors_of"]  # fmt: skip
 
 
 def vectors_of(length: int) -> int:
@@ -41,6 +41,8 @@ even = _shuffle("Lanes 0, 2, 4, … of a, then those of b.", list(range(0, 2 * L
 odd = _shuffle("Lanes 1, 3, 5, … of a, then those of b.", list(range(1, 2 * LANES, 2)))
 low = _shuffle("a's and b's lanes in turn, those of their first halves.", _TURNS[:LANES])
 high = _shuffle("a's and b's lanes in turn, those of their second halves.", _TURNS[LANES:])
+every_second = _shuffle("Lanes 0, 2, 4, … of a and of what follows it, in b from a's last lane on.",
+                        [2 * lane + (lane >= LANES // 2) for lane in range(LANES)])  # fmt: skip
 
 
 @kernel(forceinline=True)

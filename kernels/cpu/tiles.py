@@ -180,11 +180,11 @@ def choice(lanes: Sequence[int]) -> Any:
 
 
 @intrinsic
-def transpose(typing, target, source, step, last):
-    """LANES rows of a vector each, `step` bytes apart and the `last` repeated, into columns of a block of vectors."""
+def transpose(typing, target, target_step, source, step, last):
+    """LANES rows of a vector each, `step` bytes apart and the `last` repeated, into columns, `target_step` apart."""
 
     def generate(context, b, signature, arguments):
-        target, source, step, last = arguments
+        target, target_step, source, step, last = arguments
         rows = [at(b, b.add(source, b.mul(row_or_last(b, i, last), step)), VECTOR) for i in range(LANES)]
         swap = 1
         while swap < LANES:  # the two off-diagonal quarters of each block of 2 · swap change places
@@ -195,10 +195,11 @@ def transpose(typing, target, source, step, last):
                 rows[i], rows[i + swap] = (b.shuffle_vector(*both, choice(lanes)) for lanes in (upper, lower))
             swap *= 2
         for i, row in enumerate(rows):
-            b.store(row, b.inttoptr(b.add(target, ir.Constant(I64, i * VECTOR_BYTES)), VECTOR.as_pointer()), align=4)
+            place = b.add(target, b.mul(target_step, ir.Constant(I64, i)))
+            b.store(row, b.inttoptr(place, VECTOR.as_pointer()), align=4)
         return context.get_dummy_value()
 
-    return types.void(types.int64, types.int64, types.int64, types.int64), generate
+    return types.void(*[types.int64] * 5), generate
 
 
 @kernel
@@ -207,7 +208,7 @@ def turn(target, source, pixels, plane, channels):
     if pixels >= LANES:
         for first in range(0, pixels, LANES):
             start = min(first, pixels - LANES)  # the last block overlaps the one before
-            transpose(target + start * VECTOR_BYTES, source + 4 * start, 4 * plane, channels - 1)
+            transpose(target + start * VECTOR_BYTES, VECTOR_BYTES, source + 4 * start, 4 * plane, channels - 1)
     else:
         to, out_of = floats(target, pixels * LANES), floats(source, (channels - 1) * plane + pixels)
         for pixel in range(pixels):

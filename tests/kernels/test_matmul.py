@@ -27,7 +27,7 @@ from tinytorch.kernels.cpu.matmul import (
     matmul,
     product,
 )
-from tinytorch.kernels.cpu.tiles import ROWS, transpose, turn
+from tinytorch.kernels.cpu.tiles import ROWS, VECTOR_BYTES, transpose, turn
 from tinytorch.kernels.cpu.vectors import LANES
 
 seeds = st.integers(0, 1 << 30)
@@ -242,7 +242,7 @@ def test_a_strip_at_protected_pages(end: bool) -> None:
 
 @kernel
 def turn_block(target, source, step, last):
-    transpose(target, source, step, last)
+    transpose(target, VECTOR_BYTES, source, step, last)
 
 
 @pytest.mark.parametrize("end", [True, False])
