@@ -40,6 +40,7 @@ STRIP = 2 * LANES  # columns of a tile
 GROUP = 4  # strips that are copied at once
 DEPTH = 512  # products that are added up in registers; 256 KB of a group, a part of a second-level cache
 BLOCK = 256  # rows of results that a job has, for which a strip is copied once
+LEAST_BLOCK = 128  # rows that pay for a copy of a strip for each core
 NARROW_ROWS = min(2 * ROWS, LANES)  # of a tile of one vector
 
 
@@ -119,17 +120,18 @@ def copy_block(target, target_step, source, source_step, rows, columns):
 
 
 @kernel
-def multiply(part, parts, jobs, a, row_step, left_step, b, depth_step, column_step, bias, out, depth, block):
+def multiply(part, parts, jobs, a, row_step, left_step, b, depth_step, column_step, bias, out, depth, block, by_blocks):
     """One core's share of a product. A job is a block of rows of a strip.
 
     Args:
         a, b: addresses; the steps from element to element are in bytes.
         bias: (columns,), or of no length.
+        by_blocks: whether jobs go from strip to strip through a block, or from block to block through a strip.
     """
     first, last = jobs * part // parts, jobs * (part + 1) // parts
     rows, columns = out.shape
     blocks, strips = -(-rows // block), -(-columns // STRIP)
-    by_columns = row_step == 4 and left_step != 4  # then a is copied, too, and strips change quicker than blocks
+    by_columns = row_step == 4 and left_step != 4  # then a is copied, too
     most = max(1, min(depth, DEPTH))
     strip = np.empty(GROUP * 2 * (most + 1) * LANES + LANES, np.float32)
     panels = np.empty(-(-block // LANES) * LANES * (most + 1) + LANES if by_columns else 0, np.float32)
@@ -139,9 +141,9 @@ def multiply(part, parts, jobs, a, row_step, left_step, b, depth_step, column_st
         deep = min(most, depth - begin)
         packed_block, packed, packed_end = -1, 0, 0
         for job in range(first, last):
-            this, top = (job % strips, job // strips) if by_columns else (job // blocks, job % blocks)
+            this, top = (job % strips, job // strips) if by_blocks else (job // blocks, job % blocks)
             if not packed <= this < packed_end:  # some strips at once, because next columns lie side by side
-                needed = this + last - job if by_columns else (last - 1) // blocks + 1
+                needed = this + last - job if by_blocks else (last - 1) // blocks + 1
                 packed, packed_end = this, min(this + GROUP, needed, strips)
                 source = b + this * STRIP * column_step + begin * depth_step
                 width = min((packed_end - this) * STRIP, columns - this * STRIP)
@@ -256,15 +258,20 @@ NOTHING = np.empty(0, np.float32)
 def planned(a: np.ndarray, b: np.ndarray, bias: np.ndarray, out: np.ndarray) -> tuple[Any, ...]:
     """How many jobs the product of a (M, K) and b (K, N) is, and what else `multiply` needs for them.
 
-    b must lie row by row or column by column.
+    b must lie row by row or column by column. A tall result is dealt to the cores by rows, as the rest of a network's
+    work is, so that a core mostly reads what it has written; else each gets some of the columns, and copies no others.
     """
     (rows, depth), columns = a.shape, b.shape[1]
     if not out.size:
-        return 0, 0, 4, 4, 0, 4, 4, bias, out, depth, 1
+        return 0, 0, 4, 4, 0, 4, 4, bias, out, depth, 1, False
     parts, strips = cores(), -(-columns // STRIP)
-    blocks = max(-(-rows // BLOCK), min(-(-4 * parts // strips), -(-rows // (4 * ROWS))) if parts > 1 else 1)
+    if tall := parts > 1 and rows >= max(columns, LEAST_BLOCK * parts):
+        blocks = parts * -(-rows // (parts * BLOCK))
+    else:
+        blocks = max(-(-rows // BLOCK), min(-(-4 * parts // strips), -(-rows // (4 * ROWS))) if parts > 1 else 1)
     block = -(-rows // (blocks * LANES)) * LANES
-    return strips * -(-rows // block), a.ctypes.data, *a.strides, b.ctypes.data, *b.strides, bias, out, depth, block
+    jobs, by_blocks = strips * -(-rows // block), tall or a.strides[0] == 4 != a.strides[1]
+    return jobs, a.ctypes.data, *a.strides, b.ctypes.data, *b.strides, bias, out, depth, block, by_blocks
 
 
 def in_lines(b: np.ndarray) -> np.ndarray:

@@ -59,8 +59,8 @@ def test_a_thousand_steps_hold_no_more_than_ten(no_collector: None, accumulate: 
     cyclic, objects_later, traced_later, resident_later = watch.seen[1000]
     assert cyclic == 0
     assert objects_later - objects < 10
-    # Not even the smallest gradient stays from each step: 10 floats and the array that holds them are 152 bytes. Half of
-    # that is left to the libraries' stores of freed blocks, which fill in the first few hundred steps.
+    # Not even the smallest gradient stays from each step: 10 floats and the array that holds them are 152 bytes. Half
+    # of that is left to the libraries' stores of freed blocks, which fill in the first few hundred steps.
     assert traced_later - traced < 990 * 76
     assert resident_later - resident < 4 * 2**20
 

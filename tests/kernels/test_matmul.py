@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 from typing import Any
 
@@ -174,13 +175,15 @@ def test_nan_and_infinity_stay_where_they_are_among_few_rows(bad: float) -> None
 
 
 def multiplied(
-    a: np.ndarray, b: np.ndarray, bias: np.ndarray, out: np.ndarray, block: int = LANES, parts: int = 0
-) -> np.ndarray:
+    a: np.ndarray, b: np.ndarray, bias: np.ndarray, out: np.ndarray, block: int = LANES, parts: int = 0,
+    by_blocks: bool = True,
+) -> np.ndarray:  # fmt: skip
     """`out`, filled on one core, or in several parts."""
     jobs = -(-out.shape[0] // block) * -(-out.shape[1] // STRIP)
     function = kernels.multiply_on_cores if parts else kernels.multiply_serially
     function(
         parts, jobs, a.ctypes.data, *a.strides, b.ctypes.data, *b.strides, bias, out, a.shape[1], block,
+        by_blocks,
     )  # fmt: skip
     return out
 
@@ -275,8 +278,8 @@ def test_cores_and_blocks_change_no_bit(left: str, right: str) -> None:
         expected = multiplied(a, b, bias, np.empty((M, N), "float32"), BLOCK)
         near(expected, exact(a, b, bias))
         for block in (LANES, 3 * LANES, BLOCK, 4 * BLOCK):
-            for parts in (0, 1, 2, 3, 5):
-                out = multiplied(a, b, bias, np.full((M, N), np.nan, "float32"), block, parts)
+            for parts, by_blocks in itertools.product((0, 1, 2, 3, 5), (True, False)):
+                out = multiplied(a, b, bias, np.full((M, N), np.nan, "float32"), block, parts, by_blocks)
                 np.testing.assert_array_equal(out, expected)
 
 
@@ -312,12 +315,12 @@ def test_cores_change_no_bit_of_gradients() -> None:
 
 
 def test_any_number_of_cores_gives_the_same_bits(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Blocks are smaller where there are more cores."""
+    """Blocks are smaller where there are more cores, and a core has its own if there are rows enough."""
     a, weight, bias = numbers(0, 300, 200), numbers(1, 90, 200), numbers(2, 90)
     results, launched = [], []
 
     def run(serial: Any, parallel: Any, work: int, parts: int, *rest: Any) -> None:
-        launched.append((parts, rest[-1]))
+        launched.append(rest[-2:])
         (parallel if parts > 1 else serial)(parts, *rest)
 
     monkeypatch.setattr(kernels, "run", run)
