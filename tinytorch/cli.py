@@ -223,6 +223,20 @@ def generate(
     _or_fail(generate, run, prompt, tokens, seed, as_json, device, **choices)
 
 
+@app.command(
+    "profile",
+    epilog="Example: tinytorch profile cnn --train",
+    context_settings={"ignore_unknown_options": True, "help_option_names": []},  # the program has its own
+)
+def profile_network(
+    arguments: Annotated[list[str] | None, typer.Argument(metavar="MODEL [OPTION]", help="See --help.")] = None,
+) -> None:
+    """Find out where the time, the memory and the arithmetic of a network go, and write a page."""
+    from tinytorch.profiling.report import main as run
+
+    raise typer.Exit(run(arguments or []))
+
+
 @app.command(epilog="Example: tinytorch kernels --json")
 def kernels(as_json: JsonOption = False) -> None:
     """List which kernel runs in the place of which operation, when, and for which CPU it is compiled."""

@@ -212,7 +212,9 @@ def flops_of(operation: Op, out: Any, arrays: Sequence, attributes: dict) -> int
     formula = FLOPS.get(operation.name)
     if formula is None:
         return None
-    return formula(out[0] if type(out) is tuple else out, *arrays, **{**operation.attributes, **attributes})
+    if operation.attributes:
+        attributes = {**operation.attributes, **attributes}
+    return formula(out[0] if type(out) is tuple else out, *arrays, **attributes)
 
 
 def test_flops_are_those_of_hand_counts() -> None:
@@ -237,7 +239,7 @@ VIEWS = frozenset(("reshape", "permute", "expand", "getitem", "cast", "to_device
 
 def traffic(*arrays: Any) -> int:
     """The bytes of some arrays; what is no array has none."""
-    return sum(getattr(x, "nbytes", 0) for x in arrays)
+    return sum([getattr(x, "nbytes", 0) for x in arrays])
 
 
 def owner_of(array: Any) -> Any:
@@ -249,10 +251,9 @@ def owner_of(array: Any) -> Any:
 
 
 def bytes_moved(operation: Op, out: Any, arrays: Sequence) -> int:
-    outputs = out if type(out) is tuple else (out,)
-    if operation.name in VIEWS and owner_of(outputs[0]) is owner_of(arrays[0]):
+    if operation.name in VIEWS and owner_of(out) is owner_of(arrays[0]):
         return 0
-    return traffic(*arrays, *outputs)
+    return traffic(*arrays, *out) if type(out) is tuple else traffic(*arrays, out)
 
 
 def test_views_move_nothing() -> None:
@@ -345,14 +346,19 @@ def test_a_ledger_knows_what_is_alive() -> None:
 # %%
 CALLS: dict[CodeType, str] = {Module.__call__.__code__: "self"}  # functions that run a layer, and its name in them
 PROPAGATE = propagate.__code__
+KNOWN: dict[int, tuple[CodeType, bool, str | None]] = {}  # by id, because a code's hash goes through all of it
 Place = tuple[tuple[CodeType, int], ...]
 
 
-@cache
 def is_library(code: CodeType) -> bool:
     """Whether a function is one of the framework's. Milestones and profiles are programs, as a user's are."""
     file = Path(code.co_filename)
     return file.parent == Path(__file__).parent or file.name == "contextlib.py"
+
+
+def know(code: CodeType) -> tuple[CodeType, bool, str | None]:
+    """A function, whether it is the library's, and what the layer is called in it, if it runs one."""
+    return KNOWN.setdefault(id(code), (code, is_library(code), CALLS.get(code)))
 
 
 def local(frame: FrameType, name: str) -> Any:
@@ -372,31 +378,36 @@ def look_around(frame: FrameType | None) -> tuple[Any, FrameType | None, Any, Pl
     module, module_frame, node, place, inside = None, None, None, [], True
     while frame is not None and (inside or (module is None and node is None)):
         code = frame.f_code
+        _, library, layer = KNOWN.get(id(code)) or know(code)
         if inside:
             place.append((code, frame.f_lasti))
-            inside = is_library(code)
-        if module is None and code in CALLS:
-            module, module_frame = local(frame, CALLS[code]), frame
+            inside = library
+        if layer is not None and module is None:
+            module, module_frame = local(frame, layer), frame
         elif code is PROPAGATE:
             node = local(frame, "node")
         frame = frame.f_back
     return module, module_frame, node, tuple(place)
 
 
-@cache
 def line_of(code: CodeType, instruction: int) -> tuple[str, int, str]:
     """(file, line, function)."""
     positions = itertools.islice(code.co_positions(), instruction // 2, None)
     return code.co_filename, next(positions)[0] or code.co_firstlineno, code.co_qualname
 
 
-def user_line(place: Place, skip: Callable[[CodeType], bool] = is_library) -> str:
-    """The innermost line of a place whose code is not to be skipped, or the outermost: "train.py:12 step"."""
+def find_line(place: Place, skip: Callable[[CodeType], bool] = is_library) -> tuple[str, int, str] | None:
+    """(file, line, function) of the innermost line of a place whose code is not to be skipped, or the outermost."""
     for code, instruction in place:
         if not skip(code) or (code, instruction) == place[-1]:
-            file, line, function = line_of(code, instruction)
-            return f"{Path(file).name}:{line} {function}"
-    return ""
+            return line_of(code, instruction)
+    return None
+
+
+def user_line(place: Place) -> str:
+    """The user's line that led to a place: "train.py:12 step"."""
+    file, line, function = find_line(place) or ("", 0, "")
+    return f"{Path(file).name}:{line} {function}" if file else ""
 
 
 def test_a_place_is_a_line_and_a_layer() -> None:
@@ -578,7 +589,8 @@ class Profile:
         if id(module) not in self.names:
             network = module
             while frame is not None:
-                network = local(frame, CALLS[frame.f_code]) if frame.f_code in CALLS else network
+                _, _, layer = know(frame.f_code)
+                network = local(frame, layer) if layer is not None else network
                 frame = frame.f_back
             self.networks += [network, module]
             for name, part in [*network.named_modules(), ("?", module)]:
@@ -613,11 +625,9 @@ def layer_path(network: Module, name: str, part: Module) -> str:
 
 def device_timer(arrays: list) -> Callable | None:
     """For arrays of a device that works on its own: what, called after an operation, gives a way to its seconds."""
-    xp = next((found for x in arrays if (found := BY_TYPE.get(type(x))) is not None), None)
+    xp: Any = next(filter(None, map(BY_TYPE.get, map(type, arrays))), None)
     before = None if xp is None else xp.mark()
-    if xp is None or before is None:
-        return None
-    return lambda: partial(xp.seconds_between, before, xp.mark())
+    return None if before is None else lambda: partial(xp.seconds_between, before, xp.mark())
 
 
 def test_every_operation_is_an_event() -> None:
@@ -694,7 +704,7 @@ def test_ranges_and_updates_enclose_what_they_do() -> None:
     with Profile() as p, record_function("step"):
         layer(x).sum().backward()
         optimizer.step()
-    assert_close(layer.bias.grad, [1, 1])
+    assert_close(layer.weight.grad, [[1, 1], [1, 1]])
     step, update = p.events[-1], p.events[-2]
     assert (step.name, update.name) == ("step", "SGD.step")
     assert step.inner >= sum(e.end - e.start for e in p.events[:-1])

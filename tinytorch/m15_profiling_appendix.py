@@ -108,6 +108,10 @@ def einsum_flops(out: Any, *operands: Any, equation: str) -> int:
 class profile(Profile):
     __doc__ = Profile.__doc__
 
+    def __enter__(self) -> profile:
+        super().__enter__()
+        return self
+
     def save(self, path: str | os.PathLike) -> Path:
         """Write the timeline as JSON that ui.perfetto.dev and chrome://tracing open."""
         atomic_write(path, json.dumps(trace(self)).encode())
@@ -184,8 +188,9 @@ def draw_memory(axes: Any, p: Profile) -> None:
             first, last = ((t - p.started) / 1e6 for t in (spans[0].start, spans[-1].end))
             axes.axvspan(first, last, color=ORANGE, alpha=0.12, linewidth=0)
     moment = max(memory, key=lambda entry: entry[1])
-    axes.annotate(f"peak {moment[1] / 1e6:,.1f} MB", (1e3 * moment[0], moment[1] / 1e6), fontsize=9,
-                  xytext=(4, 4), textcoords="offset points")  # fmt: skip
+    side, distance = ("right", -4) if moment[0] > p.total_seconds / 2 else ("left", 4)
+    axes.annotate(f"peak {moment[1] / 1e6:,.1f} MB", (1e3 * moment[0], moment[1] / 1e6), fontsize=9, ha=side,
+                  xytext=(distance, 4), textcoords="offset points")  # fmt: skip
     axes.margins(y=0.12)
     axes.set_ylim(bottom=0)
 
@@ -208,12 +213,13 @@ def draw_operations(axes: Any, rows: list[Row], machine: Machine, most: int = 12
     draw_roofs(axes, machine, [2 ** (e / 4) for e in range(4 * low, 4 * high + 1)])
     for x, y, row in points:
         axes.loglog(x, y, "o", color=ORANGE if row.backward else BLUE, markersize=5)
+    axes.set_ylim(top=8 * machine.peak[1] / 1e9)  # room for the legend
     for place, (x, y, row) in enumerate(sorted(points, key=lambda point: point[1])):
         axes.annotate(f"{row.name}{' (backward)' if row.backward else ''}  {y:,.3g}", (x, y),
                       (1.03, (place + 0.5) / len(points)), textcoords="axes fraction", fontsize=9, va="center",
                       color=ORANGE if row.backward else BLUE,
                       arrowprops={"arrowstyle": "-", "color": GREY, "linewidth": 0.5, "relpos": (0, 0.5)})  # fmt: skip
-    axes.legend(loc="lower right", frameon=False, fontsize=9)
+    axes.legend(loc="upper left", frameon=False, fontsize=9)
 
 
 # -- a network, layer by layer -----------------------------------------------------------------------------------------
