@@ -29,7 +29,7 @@ from tinytorch.backends import Backend, backend_of
 from tinytorch.m01_setup import atomic_write
 from tinytorch.m01_setup_appendix import BLUE, GREY, ORANGE, dress_axes, new_figure
 from tinytorch.m15_profiling import OBSERVING, REST, Machine, Row, find_line, is_library, measure_machine, summarize
-from tinytorch.m15_profiling_appendix import draw_memory, draw_operations, draw_times, profile, summary
+from tinytorch.m15_profiling_appendix import draw_memory, draw_operations, draw_times, measure_device, profile, summary
 from tinytorch.m16_acceleration import kernels_enabled
 from tinytorch.milestones.program import UsageError, claim, whole
 from tinytorch.profiling.workloads import Workload, workload
@@ -242,7 +242,7 @@ th {{ border-bottom: 1px solid #8a8a8a; font-weight: 600; vertical-align: bottom
 th.text, td.text {{ text-align: left; }}
 td.rest {{ color: {GREY}; }}
 code {{ font: .8125rem/1.4 ui-monospace, SFMono-Regular, Menlo, Consolas, monospace; }}
-td code {{ white-space: pre; }}
+td code {{ display: inline-block; max-width: 34rem; white-space: pre-wrap; }}
 """
 
 
@@ -270,14 +270,15 @@ def page(measured: Measured, machine: Machine, names: dict[str, str]) -> str:
     rows, total = summarize(p), p.total_seconds
     facts = findings(measured, machine, names)
     title = f"{work.name}: {'an' if not measured.train else 'a'} {measured.call}"
-    intro = (f"{facts['batch']} examples on {facts['device']}, {machine.cores} cores; kernels "
+    cores = f"{machine.cores} {machine.unit}{'s' * (machine.cores > 1)}"
+    intro = (f"{facts['batch']} examples on {facts['device']}, {cores}; kernels "
              f"{'on' if facts['kernels'] else 'off'}; TinyTorch {facts['tinytorch']}, Python {facts['python']}, "
              f"{time.strftime('%Y-%m-%d %H:%M')}")  # fmt: skip
     headline = (
         (f"{1e3 * facts['seconds']:.2f} ms", "a call, the median without a profile"),
         (f"{facts['items_per_second']:,.0f}", "examples a second"),
         (f"{measured.flops / 1e9:,.2f}", "GFLOP a call"),
-        (f"{facts['flops_per_second'] / 1e9:,.0f}", f"GFLOP/s, of {machine.peak[1] / 1e9:,.0f} that the CPU can"),
+        (f"{facts['flops_per_second'] / 1e9:,.0f}", f"GFLOP/s, of {machine.peak[1] / 1e9:,.0f} that were measured"),
         (f"{p.peak_memory / 1e6:,.1f} MB", "held by arrays at the peak"),
         (f"{measured.overhead:+.1%}", "time with the profile on"),
     )
@@ -297,22 +298,22 @@ def page(measured: Measured, machine: Machine, names: dict[str, str]) -> str:
     ways = ("forward ms", "backward ms", "share", "GFLOP/s")
     sections = [
         ("Time by operation", f"Self times of the quickest of {len(measured.seconds[1])} profiled calls, "
-         f"{1e3 * total:.2f} ms; they and the last two kinds of row add up to all of it."
+         f"{1e3 * total:.2f} ms. The rows add up to all of it."
          + (f" The device was busy for {1e3 * on_device:.2f} ms." if on_device else ""),
          picture(lambda axes: draw_times(axes, rows), 10, 5, "Self time of each operation")
          + table(columns, operations, 2)),
         ("Time by layer", "Backward is charged to the layer whose forward made it necessary.",
          table(("layer", *ways), [(escape(both.name), *shown(both)) for both in layers_of(measured)[:24]])),
         ("Slowest source lines", "Of programs, and of the file that defines the network.",
-         table(("line", "source", *ways), [(escape(both.name), f"<code>{escape(both.source)}</code>", *shown(both))
-                                           for both in lines_of(measured)[:16]], 2)),
+         table(("line", *ways), [(f"<code>{escape(both.source)}</code><br>{escape(both.name)}", *shown(both))
+                                 for both in lines_of(measured)[:16]])),
         ("Memory held by arrays", "From when an operation first sees an array until it is freed, by weak references; "
          "shaded where backward runs.",
          picture(lambda axes: draw_memory(axes, p), 10, 4, "Memory held by arrays over time")),
         ("Memory of the " + ("device" if facts["device"].startswith("cuda") else "process"),
          "What the system says, while the call is made again and again.",
          picture(lambda axes: draw_process(axes, measured, facts["device"]), 10, 3.5, "Memory in use over time")),
-        ("Roofline", "What each operation reached, below what this machine's CPU was measured to reach: left of the "
+        ("Roofline", "What each operation reached, below what was measured to be possible here: left of the "
          "bend memory is the limit, right of it arithmetic.",
          picture(lambda axes: draw_operations(axes, rows, machine), 10, 5.5, "Operations under the roofline")),
         ("The network", "", f"<pre><code>{escape(str(summary(work.model, *work.inputs)))}</code></pre>"),
@@ -340,7 +341,8 @@ def profile_model(
     work = workload(name, device, batch_size)
     out = Path("runs", "profile", Path(name).name) if out is None else out
     claim(out)
-    measured, machine = measure(work, train), measure_machine()
+    measured, on = measure(work, train), str(work.inputs[0].device)
+    machine = measure_machine() if on == "cpu" else measure_device(on)
     names = {"report": "report.html", "trace": "trace.json"}
     measured.best.save(out / names["trace"])
     atomic_write(out / names["report"], page(measured, machine, names).encode())

@@ -10,11 +10,12 @@ import itertools
 import json
 import math
 import os
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from tinytorch.backends import get_backend
 from tinytorch.m01_setup import atomic_write, print_table, printed
 from tinytorch.m01_setup_appendix import BLUE, GREY, ORANGE, dress_axes, new_figure, save_figure
 from tinytorch.m02_tensor import Tensor
@@ -27,6 +28,7 @@ from tinytorch.m15_profiling import (
     Machine,
     Profile,
     Row,
+    best,
     count,
     flop_formula,
     layer_path,
@@ -100,6 +102,20 @@ def einsum_flops(out: Any, *operands: Any, equation: str) -> int:
             rest = math.prod(shape[len(before) : len(shape) - len(after)])
             sizes["..."] = max(rest, sizes.get("...", 1))
     return len(operands) * math.prod(sizes.values())
+
+
+def measure_device(device: str, size: int = 1 << 26, side: int = 1 << 12) -> Machine:
+    """The limits of a device as its library reaches them: by a product of matrices of float32, and by a sum."""
+    xp = get_backend(device)
+    a, x = xp.normal((side, side)), xp.normal((size,))
+
+    def waiting(function: Callable, *arrays: Any) -> None:
+        function(*arrays)
+        xp.synchronize()
+
+    peak = 2 * side**3 / best(waiting, xp.matmul, a, a)
+    bandwidth = 2 * x.nbytes / best(waiting, xp.add, x, x)
+    return Machine(1, (peak, peak), (bandwidth, bandwidth), "device")
 
 
 # -- the profile that users see ----------------------------------------------------------------------------------------
@@ -199,7 +215,9 @@ def draw_roofs(axes: Any, machine: Machine, intensities: Sequence[float]) -> Non
     """What one core and all can reach at most, on axes with logarithms, so that a roof is a line with a bend."""
     dress_axes(axes, "arithmetic intensity (operations for each byte of memory)", "GFLOP/s")
     for cores, peak, rate, style in zip((1, machine.cores), machine.peak, machine.bandwidth, ("--", "-"), strict=True):
-        label = f"roof of {cores} core{'s' * (cores > 1)}: {peak / 1e9:,.0f} GFLOP/s, {rate / 1e9:.0f} GB/s"
+        label = f"roof of {cores} {machine.unit}{'s' * (cores > 1)}: {peak / 1e9:,.0f} GFLOP/s, {rate / 1e9:,.0f} GB/s"
+        if style == "--" and machine.cores == 1:
+            continue  # it is all of them
         axes.loglog(intensities, [min(peak, i * rate) / 1e9 for i in intensities], style, color="black", label=label)
 
 
@@ -211,15 +229,29 @@ def draw_operations(axes: Any, rows: list[Row], machine: Machine, most: int = 12
     reach = [math.log2(x) for x, _, _ in points] or [0.0]
     low, high = math.floor(min(-4, *reach)) - 1, math.ceil(max(8, *reach)) + 1
     draw_roofs(axes, machine, [2 ** (e / 4) for e in range(4 * low, 4 * high + 1)])
+    points.sort(key=lambda point: point[1])
     for x, y, row in points:
         axes.loglog(x, y, "o", color=ORANGE if row.backward else BLUE, markersize=5)
-    axes.set_ylim(top=8 * machine.peak[1] / 1e9)  # room for the legend
-    for place, (x, y, row) in enumerate(sorted(points, key=lambda point: point[1])):
-        axes.annotate(f"{row.name}{' (backward)' if row.backward else ''}  {y:,.3g}", (x, y),
-                      (1.03, (place + 0.5) / len(points)), textcoords="axes fraction", fontsize=9, va="center",
-                      color=ORANGE if row.backward else BLUE,
+    least = min([y for _, y, _ in points], default=1.0) / 2
+    axes.set_ylim(least, most_shown := 8 * machine.peak[1] / 1e9)  # room for the legend
+    heights = [math.log(y / least) / math.log(most_shown / least) for _, y, _ in points]
+    for (x, y, row), height in zip(points, kept_apart(heights, 0.055), strict=True):
+        axes.annotate(f"{row.name}{' (backward)' if row.backward else ''}  {y:,.3g}", (x, y), (1.03, height),
+                      textcoords="axes fraction", fontsize=9, va="center", color=ORANGE if row.backward else BLUE,
                       arrowprops={"arrowstyle": "-", "color": GREY, "linewidth": 0.5, "relpos": (0, 0.5)})  # fmt: skip
     axes.legend(loc="upper left", frameon=False, fontsize=9)
+
+
+def kept_apart(heights: Sequence[float], gap: float) -> list[float]:
+    """Rising numbers from 0 to 1 with a gap between them, as near as can be to those that are given."""
+    found: list[float] = []
+    for height in heights:
+        found.append(max(height, found[-1] + gap) if found else height)
+    top = 1.0
+    for i in reversed(range(len(found))):
+        found[i] = min(found[i], top)
+        top = found[i] - gap
+    return found
 
 
 # -- a network, layer by layer -----------------------------------------------------------------------------------------
