@@ -9,6 +9,7 @@ methods below, and there are no others:
     erf, einsum, sliding_windows                     mathematics
     random, normal, integers, permutation, …         a seeded random generator; `seeded` gives a thread one of its own
     from_numpy, to_numpy, synchronize, memory        the machine
+    mark, seconds_between                            the time on a device that works on its own
     buffer_id, owns_memory, format                   which memory an array lies in; its values as text
 """
 
@@ -258,6 +259,14 @@ class Backend:
 
     def synchronize(self) -> None:
         """Wait until the device has done all that it was given. Nothing to do where calls return when they are done."""
+
+    def mark(self) -> Any:
+        """A point in the device's work: behind all that it was given. None where calls return when they are done."""
+        return None
+
+    def seconds_between(self, start: Any, end: Any) -> float:
+        """How long the device took from one of its marks to another; waits until it has come to the second."""
+        raise NotImplementedError(f"{self.name} on {self.device} has no marks")
 
     def memory(self) -> Memory:
         """This process's memory on the device (here: of the machine)."""

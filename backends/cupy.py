@@ -123,6 +123,16 @@ class CupyBackend(Backend):
     def synchronize(self) -> None:
         cupy.cuda.Device(self.index).synchronize()
 
+    def mark(self) -> Any:
+        with cupy.cuda.Device(self.index):
+            event = cupy.cuda.Event()
+            event.record()
+            return event
+
+    def seconds_between(self, start: Any, end: Any) -> float:
+        end.synchronize()
+        return cupy.cuda.get_elapsed_time(start, end) / 1e3  # it counts milliseconds
+
     def memory(self) -> Memory:
         """The device's memory: used and in all by pynvml (all processes), peak of this process by CuPy's pool."""
         import pynvml

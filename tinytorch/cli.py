@@ -1,4 +1,4 @@
-"""The command `tinytorch`: `doctor`, `modules`, `test`, `milestone`, `show`, `predict`, `generate`, `kernels` and more.
+"""The command `tinytorch`: `doctor`, `modules`, `test`, `milestone`, `show`, `predict`, `generate`, `profile`, `kernels` and more.
 
 Whatever takes time to import is imported inside the command that needs it.
 """
@@ -221,6 +221,20 @@ def generate(
 
     choices = {"temperature": temperature, "top_k": top_k, "top_p": top_p, "repetition_penalty": repetition_penalty}
     _or_fail(generate, run, prompt, tokens, seed, as_json, device, **choices)
+
+
+@app.command(
+    "profile",
+    epilog="Example: tinytorch profile cnn --train",
+    context_settings={"ignore_unknown_options": True, "help_option_names": []},  # the program has its own
+)
+def profile_network(
+    arguments: Annotated[list[str] | None, typer.Argument(metavar="MODEL [OPTION]", help="See --help.")] = None,
+) -> None:
+    """Find out where the time, the memory and the arithmetic of a network go, and write a page."""
+    from tinytorch.profiling.report import main as run
+
+    raise typer.Exit(run(arguments or []))
 
 
 @app.command(epilog="Example: tinytorch kernels --json")

@@ -281,6 +281,14 @@ MODULES = (
         },
     ),
     Module(
+        number=15,
+        name="profiling",
+        title="Profiling",
+        part="Systems",
+        checkpoint="Say where a program's time, memory and arithmetic go, and what each part could reach",
+        exports={"": "profile summary", "profiler": "profile record_function"},
+    ),
+    Module(
         number=16,
         name="acceleration",
         title="Acceleration",
@@ -302,6 +310,7 @@ FACES = (
     "nn.utils",
     "optim",
     "optim.lr_scheduler",
+    "profiler",
     "transforms",
     "utils",
     "utils.checkpoint",

@@ -800,6 +800,11 @@ def count_parameters(network: Module) -> int:
     return sum(p.numel() for p in network.parameters())
 
 
+def layer_flops(places: Any, weight: Any) -> int:
+    """The multiplications and additions of a layer: each of its places with all weights that one output has."""
+    return 2 * math.prod(places.shape) * math.prod(weight.shape[1:])
+
+
 def count_flops(network: Module, x: Tensor) -> dict[str, int]:
     """The multiplications and additions of one call, by operation; of those that do most of the work."""
     counts = Counter[str]()
@@ -809,7 +814,7 @@ def count_flops(network: Module, x: Tensor) -> dict[str, int]:
         name = operation.name.removesuffix("_relu")  # a convolution may come in one with its ReLU
         if name in ("convolution", "convolution_input_gradient", "linear"):
             places = arrays[0] if operation is convolution_input_gradient else out  # a transposed convolution's input
-            counts[name] += 2 * math.prod(places.shape) * math.prod(arrays[1].shape[1:])
+            counts[name] += layer_flops(places, arrays[1])
         return out
 
     with evaluating(network), observe(observer), no_grad():
@@ -820,18 +825,15 @@ def count_flops(network: Module, x: Tensor) -> dict[str, int]:
 def test_counts_are_those_of_the_formulas() -> None:
     assert count_parameters(net := SimpleCNN()) == 896 + 18_496 + 4096 * 128 + 128 + 1290
     assert net(zeros(2, 3, 32, 32)).shape == (2, 10)
-    assert count_flops(net, zeros(1, 3, 32, 32)) == {
-        "convolution": 2 * (32 * 27 * 1024 + 64 * 288 * 256),
-        "linear": 2 * (4096 * 128 + 1280),
-    }
+    expected = {"convolution": 2 * (32 * 27 * 1024 + 64 * 288 * 256), "linear": 2 * (4096 * 128 + 1280)}
+    assert count_flops(net, zeros(1, 3, 32, 32)) == expected
 
 
 # %% [markdown]
 # ## Systems analysis
 #
-# Where does a CNN's time go? Almost all of its arithmetic is in the convolutions, which reach a good part of what the
-# matrix product reaches. What is left are operations that do little arithmetic on large tensors: they cost memory
-# traffic, and their share grows as the products get faster.
+# Where does a CNN's time go? Almost all arithmetic is in the convolutions, which reach a good part of the product's
+# rate. What is left does little arithmetic on large tensors: it costs traffic, and the more so the faster products get.
 
 
 # %%

@@ -1,7 +1,7 @@
 """Module 16: acceleration, or how to come from a loop to what the machine can do, and how to know that one is there.
 
 Learning objectives. After this module you can
-1. measure what a machine can do at most, and say which of its limits an operation will meet;
+1. say before it is written which of a machine's limits an operation will meet;
 2. climb from a loop in Python to the CPU's limit, and name what each step of the way has won;
 3. count what it saves to do three operations in one pass, and to keep memory that was freed;
 4. predict what a second core brings, and when it brings nothing;
@@ -15,12 +15,11 @@ import os
 import subprocess
 import sys
 import threading
-import time
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from functools import cache, partial
+from functools import partial
 from pathlib import Path
 from typing import Any
 from unittest.mock import patch
@@ -28,23 +27,20 @@ from unittest.mock import patch
 from tinytorch.backends import count_cuda_devices, get_backend
 from tinytorch.kernels import compiled, load, prange
 from tinytorch.m01_setup import assert_close, first_line, print_table, run_module, seconds
-from tinytorch.m01_setup_appendix import BLUE, GREY, ORANGE, dress_axes, new_figure, save_figure
+from tinytorch.m01_setup_appendix import BLUE, GREY, ORANGE, new_figure, save_figure
 from tinytorch.m02_tensor import REFERENCE_ONLY, Op, Tensor, add, matmul, op, randn, tensor
 from tinytorch.m03_activations import relu
 from tinytorch.m09_spatial import conv2d, convolve_by_loops, lay_windows
+from tinytorch.m15_profiling import Machine, best, core_count, measure_machine, tile_columns, traffic
+from tinytorch.m15_profiling_appendix import draw_roofs
 
 # %% [markdown]
 # ## Mathematical foundations
 #
-# A machine has two limits: $P$ operations a second, and $B$ bytes a second between memory and its cores. Work that
-# takes $F$ operations on $M$ bytes needs at least $\max(F / P, M / B)$ seconds. With its *arithmetic intensity*
-# $I = F / M$, its speed is at most
-#
-# $$F / t \le \min(P, \; I B),$$
-#
-# and this **roofline** (Williams and others, 2009) says which limit it will meet. Adding two vectors has
-# $I = 1/12$: memory decides, and the cleverest loop will not help. A product of two n×n matrices has
-# $I = 2 n^3 / 12 n^2 = n / 6$: arithmetic decides, if each number that is fetched is used often before it is let go.
+# Work of $F$ operations on $M$ bytes is done at $\min(P, \; F B / M)$ operations a second at most (module 15). Adding
+# two vectors has $I = F / M = 1/12$: memory decides, and the cleverest loop will not help. A product of two n×n
+# matrices has $I = 2 n^3 / 12 n^2 = n / 6$: arithmetic decides, if each number that is fetched is used often before it
+# is let go.
 #
 # **What P is made of**: cores × cycles a second × instructions a cycle × numbers in a vector × 2, for a multiplication
 # with an addition. An instruction's result is there after some cycles, its *latency* $\ell$. So $\ell$ × (instructions
@@ -60,90 +56,6 @@ from tinytorch.m09_spatial import conv2d, convolve_by_loops, lay_windows
 # %% [markdown]
 # ## Implementation
 #
-# ### What can this machine do?
-# Data sheets give the peak of a chip that nobody runs. We measure ours: the peak by a loop that does nothing but
-# multiply and add in registers, twelve sums side by side, and the bandwidth by one that adds up arrays too large for
-# any cache. `compiled` comes from `tinytorch.kernels`: Numba makes machine code of the function when it is first
-# called, and keeps it on disk. Until then it is what it looks like, and `function.function` runs it without Numba.
-
-# %%
-multiply_add = compiled("tinytorch.kernels.cpu.ladder:multiply_add")
-tile_columns = compiled("tinytorch.kernels.cpu.ladder:tile_columns")
-scratch = compiled("tinytorch.kernels.cpu.ladder:scratch")
-
-
-@compiled
-def triad(a, b, c):
-    """a = b + b c: two numbers fetched, one stored."""
-    for i in range(len(a)):
-        a[i] = b[i] + b[i] * c[i]
-
-
-@compiled(parallel=True)
-def triads(a, b, c, parts):
-    """The same in parts, each on a core of its own."""
-    for part in prange(parts):
-        first, last = len(a) * part // parts, len(a) * (part + 1) // parts
-        triad(a[first:last], b[first:last], c[first:last])
-
-
-@compiled(parallel=True)
-def multiply_adds(sums, turns, x):
-    """`multiply_add` on as many cores as there are sums."""
-    for core in prange(len(sums)):
-        sums[core] = multiply_add(turns, x)
-
-
-@dataclass(frozen=True)
-class Machine:
-    """How many cores there are, and what one and all of them do: operations and bytes of memory a second."""
-
-    cores: int
-    peak: tuple[float, float]
-    bandwidth: tuple[float, float]
-
-
-@cache
-def measure_machine(size: int = 1 << 24, turns: int = 1 << 18) -> Machine:
-    """Measure this machine's limits, in a second. Arrays of `size` numbers must be too large for its caches."""
-    cores, xp = core_count(), get_backend("cpu")
-    peaks, rates = [], []
-    a, b, c = (xp.ones((size,), dtype="float32") for _ in range(3))
-    for count in (1, cores):
-        sums = xp.zeros((count,), dtype="float32")
-        operations = count * turns * 12 * tile_columns()
-        peaks.append(operations / best(multiply_adds, sums, turns, sums[0], least=0.1))
-        rates.append(12 * size / best(triads, a, b, c, count, least=0.1))
-    return Machine(cores, (peaks[0], peaks[1]), (rates[0], rates[1]))
-
-
-def best(function: Callable, *args: Any, least: float = 0.05) -> float:
-    """The shortest seconds of a call, of three at least: what the machine can do while other programs let it."""
-    times: list[float] = []
-    function(*args)
-    while len(times) < 3 or sum(times) < least:
-        start = time.perf_counter()
-        function(*args)
-        times.append(time.perf_counter() - start)
-    return min(times)
-
-
-def core_count() -> int:
-    """How many cores compiled functions are spread over."""
-    return load("tinytorch.kernels.cpu.jit:cores")()
-
-
-def test_the_limits_are_measured() -> None:
-    machine = measure_machine(1 << 20, 1 << 12)
-    assert machine.peak[0] > 1e9
-    assert machine.peak[1] > 0.5 * machine.peak[0]
-    xp = get_backend("cpu")
-    a, b = xp.zeros((10,), dtype="float32"), xp.arange(10, dtype="float32")
-    triads(a, b, b, 3)
-    assert_close(a, b + b * b)
-
-
-# %% [markdown]
 # ### One product for both
 # We climb with a product of two matrices and with a 3×3 convolution, and take the same steps for both, because a
 # convolution *is* a product whose right matrix need not be made. Row $k$ of a right matrix is a stretch of memory that
@@ -151,6 +63,7 @@ def test_the_limits_are_measured() -> None:
 # row, what all windows have at $(c, u, v)$ is the stretch from $c H' W' + u W' + v$ on, $H'$ and $W'$ being the sides
 # with borders: the stretches overlap. Their columns are the pixels, row by row, and between two rows what stands over
 # the border; that is cut out at the end. So each step below is a function of the left matrix, the memory, and offsets.
+# Those that are `compiled` run as Python, too: `function.function`.
 #
 # **The first step** is the definition. As Python it takes a fifth of a microsecond a multiplication.
 
@@ -315,6 +228,7 @@ def test_each_step_gives_what_the_first_gives() -> None:
 
 # %%
 multiply_tile = compiled("tinytorch.kernels.cpu.ladder:multiply_tile")
+scratch = compiled("tinytorch.kernels.cpu.ladder:scratch")
 ROWS = 6  # of its tile
 
 
@@ -491,11 +405,6 @@ def in_three_passes(x: Any, weight: Any, bias: Any, parts: int | None = None) ->
 def in_one_pass(x: Any, weight: Any, bias: Any, parts: int | None = None) -> tuple[Any, int]:
     out = convolve_in_one_pass(x, weight, bias, True, parts)
     return out, traffic(x, weight, bias, out)
-
-
-def traffic(*arrays: Any) -> int:
-    """The bytes of some arrays."""
-    return sum(a.nbytes for a in arrays)
 
 
 def test_one_pass_moves_less() -> None:
@@ -750,11 +659,7 @@ def roofline(path: str | os.PathLike) -> Path:
     machine = measure_machine()
     figure = new_figure(8.5, 7, "What each step reaches, and what none can exceed")
     axes = figure.subplots()
-    dress_axes(axes, "arithmetic intensity (operations for each byte of memory)", "GFLOP/s")
-    intensities = [2 ** (e / 4) for e in range(-32, 45)]
-    for cores, peak, rate, style in zip((1, machine.cores), machine.peak, machine.bandwidth, ("--", "-"), strict=True):
-        label = f"roof of {cores} core{'s' * (cores > 1)}: {peak / 1e9:,.0f} GFLOP/s, {rate / 1e9:.0f} GB/s"
-        axes.loglog(intensities, [min(peak, i * rate) / 1e9 for i in intensities], style, color="black", label=label)
+    draw_roofs(axes, machine, [2 ** (e / 4) for e in range(-32, 45)])
     draw_climb(axes, memory_bound(), GREY, -1)
     draw_climb(axes, climb_convolution(), ORANGE, -1)
     draw_climb(axes, climb_product(), BLUE, 1)

@@ -44,6 +44,7 @@ from tinytorch.m09_spatial_appendix import avg_pool, avg_pool_gradient
 from tinytorch.m12_embeddings import embedding_weight_gradient, rotate
 from tinytorch.m13_attention import attention, attention_gradients
 from tinytorch.m13_attention_appendix import cached_attention, caches
+from tinytorch.m15_profiling import CALLS
 from tinytorch.m16_acceleration import KERNELS, Kernel, attach, kernels_enabled
 
 # -- fusion ------------------------------------------------------------------------------------------------------------
@@ -84,6 +85,7 @@ def _convolve_relu(layer: Conv2d, x: Tensor) -> Tensor:
 
 
 attach_fusion(fuse_relu)
+CALLS[_convolve_relu.__code__] = "layer"  # for profiles, it is a call of the layer
 
 # -- conditions --------------------------------------------------------------------------------------------------------
 

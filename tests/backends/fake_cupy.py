@@ -140,6 +140,19 @@ class Device:
         synchronized.append(self.id)
 
 
+class Event:
+    """A mark in a device's work, which takes three milliseconds for whatever comes between two of them."""
+
+    recorded = 0
+
+    def record(self) -> None:
+        Event.recorded += 1
+        self.milliseconds, self.device = 3 * Event.recorded, current[0]
+
+    def synchronize(self) -> None:
+        synchronized.append(self.device)
+
+
 class Philox4x3210:
     def __init__(self, seed: int) -> None:
         self.seed = seed
@@ -185,7 +198,8 @@ def modules(count: int | Exception = 2) -> dict[str, types.ModuleType]:
     cupy.random = types.SimpleNamespace(Generator=Generator, Philox4x3210=Philox4x3210)
     cupy.get_default_memory_pool = lambda: types.SimpleNamespace(total_bytes=lambda: 4096)
     cupy.cuda = types.ModuleType("cupy.cuda")
-    cupy.cuda.Device = Device
+    cupy.cuda.Device, cupy.cuda.Event = Device, Event
+    cupy.cuda.get_elapsed_time = lambda start, end: end.milliseconds - start.milliseconds
     cupy.cuda.runtime = types.SimpleNamespace(getDeviceCount=lambda: _count(count))
     cupy.__version__ = "14.0"
     special = types.ModuleType("cupyx.scipy.special")

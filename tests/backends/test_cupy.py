@@ -160,6 +160,30 @@ def test_memory_and_the_machine(monkeypatch) -> None:
     assert not xp.owns_memory(x[1:])
 
 
+def test_time_on_the_device() -> None:
+    xp = get_backend("cuda:1")
+    start, end = xp.mark(), xp.mark()
+    assert end.device == 1
+    fake_cupy.synchronized.clear()
+    assert xp.seconds_between(start, end) == pytest.approx(3e-3)
+    assert fake_cupy.synchronized == [1]
+    assert get_backend("cpu").mark() is None
+    with pytest.raises(NotImplementedError, match="numpy on cpu has no marks"):
+        get_backend("cpu").seconds_between(None, None)
+
+
+def test_a_profile_has_the_devices_time() -> None:
+    import tinytorch as t
+
+    x = t.ones(4, device="cuda")
+    with t.profile() as p:
+        x + x
+        t.ones(2, device="cpu") + 1
+    on_device, on_cpu = (event.device_seconds for event in p.events if event.name == "add")
+    assert (on_device, on_cpu) == (pytest.approx(3e-3), None)
+    assert "device ms" in p.table()
+
+
 def test_tensors_on_it() -> None:
     import tinytorch as t
 

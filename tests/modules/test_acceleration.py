@@ -120,31 +120,6 @@ def test_the_tile_stays_inside_of_its_arrays(end: bool) -> None:
         near(out, panel.T.astype("float64") @ strip)
 
 
-def test_the_peak_counts_what_is_computed() -> None:
-    """Twelve vectors of sums s = s x + x, from 0."""
-    value, expected = np.float32(0.5), 0.0
-    for _ in range(5):
-        expected = expected * 0.5 + 0.5
-    assert_close(m16.multiply_add(5, value), expected * 6 * m16.tile_columns())
-    sums = np.zeros(3, "float32")
-    m16.multiply_adds(sums, 5, value)
-    assert_close(sums, [expected * 6 * m16.tile_columns()] * 3)
-
-
-@pytest.mark.parametrize("parts", [1, 2, 3, 16])
-def test_triads(parts: int) -> None:
-    a, b, c = np.full(13, np.nan, "float32"), drawn(0, 13), drawn(1, 13)
-    m16.triads(a, b, c, parts)
-    assert_close(a, b + b * c)
-
-
-def test_the_best_of_some_calls() -> None:
-    calls = []
-    assert m16.best(calls.append, 1, least=0) >= 0
-    assert len(calls) == 4  # one to warm up, and three
-    assert len(set(calls)) == 1
-
-
 def test_the_gpus_steps_in_the_simulator(root: Path) -> None:
     code = """
 from tinytorch import m16_acceleration as m16, m02_tensor as m02, m09_spatial as m09

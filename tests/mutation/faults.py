@@ -28,6 +28,7 @@ CHAPTER_TESTS = {
     "12": ("tinytorch/m12_*.py", EDGES, "tests/modules/test_embeddings*.py", "tests/checkpoints/test_12_*.py"),
     "13": ("tinytorch/m13_*.py", "tests/modules/test_attention*.py", "tests/checkpoints/test_13_*.py"),
     "14": ("tinytorch/m14_*.py", "tests/modules/test_transformers.py", "tests/checkpoints/test_14_*.py"),
+    "15": ("tinytorch/m15_*.py", "tests/modules/test_profiling.py", "tests/checkpoints/test_15_*.py"),
     "16": ("tinytorch/m16_*.py", "tests/modules/test_acceleration.py", "tests/checkpoints/test_16_*.py"),
     "backends": ("tests/backends", EDGES, "tests/modules/test_tensor*.py", "tests/modules/test_autograd*.py"),
 }
@@ -1323,12 +1324,51 @@ TRANSFORMERS_APPENDIX = [
     ),
 ]
 
-ACCELERATION = [
+PROFILE = ("tests/modules/test_profiling.py",)
+PROFILING = [
     *faults_in(
-        "tinytorch/m16_acceleration.py",
+        "tinytorch/m15_profiling.py",
         ("first, last = len(a) * part // parts, len(a) * (part + 1) // parts\n        triad",
          "first, last = len(a) // parts * part, len(a) // parts * (part + 1)\n        triad",
          "the last numbers of a triad belong to no core"),
+        ("sum(min(i + 1, keys) for i in range(queries))", "sum(min(i, keys) for i in range(queries))",
+         "no query of a causal attention sees itself"),
+        ("(3 * key.shape[-1] + 2 * value.shape[-1])", "(2 * key.shape[-1] + 2 * value.shape[-1])",
+         "attention's gradients do not count the scores that they make again"),
+        ("len({0, 1} & {*tracked})", "len(tracked)", "the bias's gradient counts as a product"),
+        ("        owner = array if type(array) is kind else owner\n", "        pass\n", "a view owns memory"),
+        ("if key in self.live or not size:", "if not size:", "an array is entered whenever it is seen"),
+        ("            self.changes.append((clock(), -entry.size))", "            pass", "nothing is ever freed"),
+        ("        values.clear()", "        pass", "the profiler keeps gradients alive"),
+        ("(self.end - self.start - self.inner) / 1e9", "(self.end - self.start) / 1e9",
+         "what goes on inside of a range is counted twice"),
+        ("event.module, event.place = forward.module, forward.place", "event.module, event.place = \"\", place",
+         "backward belongs to no layer"),
+        ("rest = p.total_seconds - p.observing_seconds - sum", "rest = p.total_seconds - sum",
+         "the profiler's own time is counted twice"),
+        ("        if event.thread == p.thread:\n", "        if True:\n",
+         "what other threads do meanwhile is added to the time of this one"),
+        ("        Optimizer.together.clear()\n", "", "optimizers are timed after the profile's end"),
+        ("            self.ledger.live.clear()", "            pass", "the memory goes on changing after the block"),
+        tests=PROFILE,
+    ),
+    *faults_in(
+        "tinytorch/m15_profiling_appendix.py",
+        ("windows: 2 * count(largest)", "windows: count(largest)", "additions to maxima's places are not counted"),
+        ("query.shape[1] * int(lengths.sum())", "query.shape[1] * key.shape[2] * len(lengths)",
+         "places of the cache that are empty count"),
+        ("\"ts\": (e.start - p.started) / 1e3", "\"ts\": (e.start - p.started) / 1e6",
+         "a timeline's events begin at a thousandth of their time"),
+        ("layer_path(model, f\"{name}.{inner}\".strip(\".\"), kind)", "layer_path(model, name, kind)",
+         "a network's summary leaves the layers inside of layers out"),
+        ("        top = found[i] - gap\n", "        top = found[i]\n", "names in the roofline cover each other"),
+        tests=PROFILE,
+    ),
+]  # fmt: skip
+
+ACCELERATION = [
+    *faults_in(
+        "tinytorch/m16_acceleration.py",
         ("target[j] = zero if rectify and value < zero else value",
          "target[j] = value if value > zero or not rectify else zero", "the fused ReLU of nan is 0"),
         ("row, target = wide[o, i * pitch : i * pitch + width], out[o, i]",
@@ -1711,4 +1751,4 @@ KERNELS = [
 
 FAULTS = [*TENSOR, *BACKENDS, *ACTIVATIONS, *LAYERS, *LOSSES, *AUTOGRAD, *OPTIMIZERS, *TRAINING, *SPATIAL, *SEEDED,
           *DATALOADER, *DATALOADER_APPENDIX, *TOKENIZATION, *EMBEDDINGS, *ATTENTION, *TRANSFORMERS, *ROWS,
-          *TRANSFORMERS_APPENDIX, *ACCELERATION, *KERNELS]  # fmt: skip
+          *TRANSFORMERS_APPENDIX, *PROFILING, *ACCELERATION, *KERNELS]  # fmt: skip
