@@ -1122,7 +1122,7 @@ TRANSFORMERS = faults_in(
      "the first transformer's block lacks its first sum"),
     ("0.02 / math.sqrt(2 * self.config.num_layers) if writes", "0.02 if writes",
      "what is written into the stream grows with the depth"),
-    ("return linear(x, self.tokens.weight) if self.head is None", "return linear(x, self.tokens.weight) if True",
+    ("return self.tokens.scores(x) if self.head is None", "return self.tokens.scores(x) if True",
      "an output layer of its own is not used"),
     ("return x if self.norm is None else self.norm(x)", "return x", "the last norm is left out"),
     ("x = self.positions(x)", "x = x + 0 * self.positions(x)",
