@@ -14,6 +14,7 @@ cache to where they are scaled and written.
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import Any
 
@@ -323,7 +324,7 @@ def int8_linear(
 ) -> np.ndarray:  # fmt: skip
     """The operation of module 17. Without `packed`, the weight is packed at each call."""
     packed = packed or pack(weight)
-    N, rows = packed.shape[0], x if x.ndim == 2 else x.reshape(-1, x.shape[-1])
+    N, rows = packed.shape[0], x if x.ndim == 2 else x.reshape(math.prod(x.shape[:-1]), x.shape[-1])
     scales = (
         row_of("x_scale", x_scale, len(rows), np.float32),
         row_of("weight_scale", weight_scale, N, np.float32),

@@ -11,6 +11,8 @@ Results lie with their channels side by side, too, which the next convolution an
 
 from __future__ import annotations
 
+import math
+from functools import lru_cache
 from typing import Any
 
 import numpy as np
@@ -161,7 +163,7 @@ def convolve_part(
 
     Args:
         width: of a panel. windows: how far each window of a band is from the scratch's start, in bytes.
-        runs: how far a window's stretches are from its start. plan: see `int8_convolution`.
+        runs: how far a window's stretches are from its start. plan: see `make_plan`.
         out: bytes of (N, OH, OW, O).
     """
     pictures, bands, band_rows, out_height, out_width, stride, top, left, rows, columns, channels, steps = plan
@@ -204,6 +206,27 @@ def convolve_parallel(
                       windows, runs, plan, outputs, out)  # fmt: skip
 
 
+@lru_cache(256)
+def make_plan(windows: Any, pictures: int, channels: int, cores: int) -> tuple[np.ndarray, np.ndarray, tuple]:
+    """How pictures are cut into bands: where in a scratch each window of a band begins, where each of a window's
+    stretches from there on, both in bytes, and the sizes that `convolve_part` needs."""
+    (height, width), (stride_down, stride), (down, across) = windows.size, windows.stride, windows.dilation
+    (top, _), (left, right) = windows.padding
+    out_height, out_width = windows.count
+    deep = -(-channels // DEPTHS) * DEPTHS
+    columns, reach, pixel = left + windows.shape[1] + right, down * (height - 1) + 1, deep * DEPTH_BYTES
+    fit = (BAND_BYTES // (columns * pixel) - reach) // stride_down + 1  # so many rows of the result
+    band_rows = max(1, min(out_height, fit, -(-out_height * pictures // cores)))
+    bands, rows = -(-out_height // band_rows), (band_rows - 1) * stride_down + reach
+    places = np.arange(band_rows)[:, None] * stride_down * columns + np.arange(out_width) * stride
+    places = np.concatenate([places.reshape(-1), np.zeros(2 * ROWS, np.int64)])  # the last tile may be longer
+    stretches = np.arange(height)[:, None] * (down * columns) + np.arange(width) * across
+    stretches = stretches[:, :1] if across == 1 else stretches
+    steps = deep // DEPTHS * (width if across == 1 else 1)
+    plan = (pictures, bands, band_rows, out_height, out_width, stride_down, top, left, rows, columns, deep, steps)
+    return places * pixel, stretches.reshape(-1) * pixel, plan
+
+
 def int8_convolution(
     xp: Any, x: np.ndarray, x_scale: np.ndarray, x_zero_point: np.ndarray, weight: np.ndarray,
     weight_scale: np.ndarray, bias: np.ndarray | None = None, out_scale: np.ndarray | None = None,
@@ -212,39 +235,19 @@ def int8_convolution(
 ) -> np.ndarray:  # fmt: skip
     """The operation of module 17. Without `packed`, the weight is packed at each call."""
     packed = packed or pack_filters(weight)
-    (pictures, channels, _, _), outputs = x.shape, len(weight)
-    (height, width), (stride_down, stride) = windows.size, windows.stride
-    (top, _), (left, right) = windows.padding
-    down, across = windows.dilation
-    out_height, out_width = windows.count
-    deep = -(-channels // DEPTHS) * DEPTHS
-    columns, reach = left + windows.shape[1] + right, down * (height - 1) + 1
-    fit = (BAND_BYTES // (columns * deep * DEPTH_BYTES) - reach) // stride_down + 1  # rows of the result
-    band_rows = max(1, min(out_height, fit, -(-out_height * pictures // cores())))
-    bands, rows = -(-out_height // band_rows), (band_rows - 1) * stride_down + reach
-    pixel = deep * DEPTH_BYTES
-    places = (np.arange(band_rows)[:, None] * stride_down * columns + np.arange(out_width) * stride) * pixel
-    places = np.concatenate(
-        [places.reshape(-1), np.zeros(2 * ROWS, np.int64)]
-    )  # the last tile may have windows to spare
-    stretches = np.arange(height)[:, None] * (down * columns) + np.arange(width) * across
-    stretches = stretches[:, 0] if across == 1 else stretches.reshape(-1)
-    steps = deep // DEPTHS * (width if across == 1 else 1)
-    plan = (pictures, bands, band_rows, out_height, out_width, stride_down, top, left, rows, columns, deep, steps)
-
-    zero = np.int32(x_zero_point)
-    last = channels_last(x)
+    pictures, outputs, zero, last = len(x), len(weight), np.int32(x_zero_point), channels_last(x)
+    places, stretches, plan = make_plan(windows, pictures, x.shape[1], cores())
     pixels = (x.transpose(0, 2, 3, 1) if last else plain(x)).reshape(-1)
     rounding = rounding_of(out_scale, out_zero_point)
     starts = packed.starts - zero * packed.sums
-    factors = np.ascontiguousarray(np.broadcast_to(np.float32(x_scale) * weight_scale, outputs))
+    factors = np.float32(x_scale) * plain(weight_scale)
     addends = np.zeros(outputs, np.float32) if bias is None else plain(bias)
-    out = np.empty((pictures, out_height, out_width, outputs * (1 if len(rounding) else 4)), np.int8)
-    work = pictures * out_height * out_width * packed.panels.size // (768 if VNNI else 128)
+    out = np.empty((pictures, *windows.count, outputs * (1 if len(rounding) else 4)), np.int8)
+    work = pictures * math.prod(windows.count) * packed.panels.size // (768 if VNNI else 128)
     run(
         convolve_serial, convolve_parallel, work, cores(), pixels, last, x.shape[1:], zero, packed.panels, starts,
         COLUMNS if outputs > NARROW else NARROW, factors, addends, np.float32(0) if relu else MINUS_INFINITY, rounding,
-        places, stretches * pixel, plan, outputs, out.reshape(-1),
+        places, stretches, plan, outputs, out.reshape(-1),
     )  # fmt: skip
     return (out if len(rounding) else out.view(np.float32)).transpose(0, 3, 1, 2)
 

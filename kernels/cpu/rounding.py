@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import numpy as np
@@ -96,7 +97,7 @@ def round_rows_parallel(parts, x, scales, out):
 
 def quantize_rows(xp: Any, x: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """The operation of module 17."""
-    rows = plain(x).reshape(-1, x.shape[-1])
+    rows = plain(x).reshape(math.prod(x.shape[:-1]), x.shape[-1])
     scales, out = np.empty(len(rows), np.float32), np.empty(rows.shape, np.int8)
     run(round_rows_serial, round_rows_parallel, x.size // 2, cores(), rows, scales, out)
     return out.reshape(x.shape), scales.reshape(x.shape[:-1])
@@ -153,7 +154,7 @@ def int4_linear(
     xp: Any, x: np.ndarray, weight: np.ndarray, scale: np.ndarray, bias: np.ndarray | None = None
 ) -> np.ndarray:
     """The operation of module 17, for few rows."""
-    rows = plain(x).reshape(-1, x.shape[-1])
+    rows = plain(x).reshape(math.prod(x.shape[:-1]), x.shape[-1])
     out = np.empty((len(rows), len(weight)), np.float32)
     addends = np.zeros(0, np.float32) if bias is None else plain(bias)
     work = 2 * weight.size * (4 + len(rows)) // LANES
