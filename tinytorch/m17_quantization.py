@@ -128,10 +128,10 @@ def dequantize(xp, q, scale, zero_point, *, dim=None):
 def along(xp: Any, values: Any, x: Any, dim: int | None, dtype: str | None = None) -> Any:
     """A scale or zero point in the dtype of x, or the one given, in a shape that broadcasts with x's."""
     values = xp.asarray(values, dtype=xp.dtype(dtype or xp.dtype_name(x)))
-    if values.ndim > 1 or (dim is None) != (values.ndim == 0):
+    if values.ndim > (0 if dim is None else 1):
         raise ValueError(f"expected one scale and zero point, or with dim one for each index of it, got dim={dim} "
                          f"and the shape {tuple(values.shape)}")  # fmt: skip
-    return values if dim is None else xp.reshape(values, (-1, *(1,) * (x.ndim - 1 - dim % x.ndim)))
+    return values if values.ndim == 0 else xp.reshape(values, (-1, *(1,) * (x.ndim - 1 - dim % x.ndim)))
 
 
 non_differentiable(choose_scale, quantize, dequantize)
@@ -260,7 +260,7 @@ non_differentiable(int8_linear, int8_convolution)
 def test_integers_compute_what_their_floats_do() -> None:
     x, weight, scales = randint(-128, 128, (4, 6)).to(int8), randint(-127, 128, (3, 6)).to(int8), tensor([0.1, 2, 0.5])
     y = int8_linear(x, tensor(0.3), tensor(-7), weight, scales, ones(3))
-    assert_close(y, linear(dequantize(x, 0.3, -7), dequantize(weight, scales, zeros(3), dim=0), ones(3)), rtol=1e-5)
+    assert_close(y, linear(dequantize(x, 0.3, -7), dequantize(weight, scales, 0, dim=0), ones(3)), rtol=1e-5)
     rounded = int8_linear(x, tensor(0.3), tensor(-7), weight, scales, ones(3), tensor(9.0), tensor(5), relu=True)
     assert rounded.tolist() == quantize(relu(y), tensor(9.0), tensor(5)).tolist()
     message = message_of(int8_linear, randn(4, 6), tensor(1.0), 0, weight, scales, error=TypeError)
@@ -433,6 +433,8 @@ class Int8Layer(Module):
     input_scale: Any
     input_zero_point: Any
     operation: Any
+    following: tuple[Any, ...]
+    _packed: Any
 
     def hold(self, shape: tuple[int, ...], bias: bool, static: bool) -> None:
         """Have buffers of these shapes, to be filled."""
@@ -446,7 +448,7 @@ class Int8Layer(Module):
     def fill(self, layer: Module, observer: MinMaxObserver | None = None) -> Int8Layer:
         """Take a float layer's weight and bias, rounded, and what its observer saw."""
         scale = weight_scale(layer.weight)
-        self.weight = quantize(layer.weight.detach(), scale, zeros(len(scale)), dim=0, low=-127)
+        self.weight = quantize(layer.weight.detach(), scale, 0, dim=0, low=-127)
         self.weight_scale = scale
         if self.bias is not None:
             self.bias = Tensor(layer.bias.data)
@@ -461,18 +463,19 @@ class Int8Layer(Module):
             (x, scale), zero_point = quantize_rows(x), 0
         elif x.dtype != int8:
             x = quantize(x, scale, zero_point)
-        wanted = [(layer.input_scale, layer.input_zero_point) for layer in self.following] or [(None, None)]
-        return self.operation(x, scale, zero_point, self.weight, self.weight_scale, self.bias, *wanted[0],
+        wanted = (None, None)
+        if self.following:
+            wanted = self.following[0].input_scale, self.following[0].input_zero_point
+        return self.operation(x, scale, zero_point, self.weight, self.weight_scale, self.bias, *wanted,
                               relu=self.relu, packed=self.packed(), **attributes)  # fmt: skip
 
     def packed(self) -> Any:
         """The weight as the operation's kernel reads it, if there is one."""
-        array, packer = self.weight.data, PACKERS.get(self.operation)
-        if packer is None:
-            return None
+        array, packer = self.weight.data, PACKERS.get(self.operation, lambda array: None)
         if self._packed is None or self._packed[0] is not array or Writes.since(array, self._packed[1]):
-            self._packed = array, Writes.latest, packer(array)
-        return self._packed[2]
+            made = packer(array)
+            self._packed = None if made is None else (array, Writes.latest, made)
+        return self._packed and self._packed[2]
 
 
 PACKERS: dict[Op, Callable[[Any], Any]] = {}  # an array of int8 to what the kernel of an operation takes as `packed`
@@ -556,7 +559,7 @@ class QuantizedEmbedding(Int8Layer):
 
     def rows(self, index: Any) -> Tensor:
         q, scale = self.weight[index], self.weight_scale[index]
-        return dequantize(q, tensor(1.0, device=q.device), tensor(0, device=q.device)) * scale.unsqueeze(-1)
+        return q.to(scale.dtype) * scale.unsqueeze(-1)
 
     def forward(self, ids: Tensor) -> Tensor:
         check_ids("QuantizedEmbedding", ids, self.num_embeddings)
@@ -645,7 +648,7 @@ def test_folding_changes_nothing_but_the_work() -> None:
     net, x = SimpleCNN(1, 3, 8, widths=(4, 4), batch_norm=True), randn(6, 1, 8, 8)
     for _ in range(3):
         net(x * 2 + 1)
-    folded = fold_batch_norm(net, x)
+    folded: Any = fold_batch_norm(net, x)
     assert_close(folded(x), net.eval()(x), atol=1e-4)
     assert [type(layer) for layer in (net[1], folded[1])] == [type(net[1]), Identity]
     assert "1.weight" not in folded.state_dict()
@@ -672,7 +675,7 @@ class Prepared:
         if not self.rounds:
             return x, self.weight
         scale = weight_scale(self.weight)
-        weight = fake_quantize(self.weight, scale, zeros(len(scale), device=scale.device), dim=0, low=-127)
+        weight = fake_quantize(self.weight, scale, 0, dim=0, low=-127)
         return fake_quantize(x, *self.observer.calculate_qparams()), weight
 
 
@@ -779,7 +782,7 @@ def test_linked_layers_give_the_same_bits() -> None:
     net, x = SimpleCNN(1, 3, 8, widths=(4, 8), hidden=8), randn(20, 1, 8, 8)
     ready = prepare(net)
     ready(x)
-    chained = convert(ready)
+    chained: Any = convert(ready)
     assert (chained[0].relu, chained[0].following[0] is chained[3], type(chained[1])) == (True, True, Identity)
     assert chained[:1](x).dtype == int8
     apart = list(rebuild(ready, TO_INT8))

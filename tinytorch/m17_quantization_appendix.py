@@ -85,7 +85,7 @@ class Int4Linear(Module):
         self.register_buffer("bias", zeros(out_features) if bias else None)
 
     @no_grad()
-    def fill(self, layer: Linear) -> Int4Linear:
+    def fill(self, layer: Any) -> Int4Linear:
         """Take a float layer's weight, rounded, and its bias."""
         groups = layer.weight.reshape(self.out_features, -1, self.group)
         self.weight_scale = (amax(groups.abs(), 2) / 7).maximum(2.0**-23)
@@ -129,7 +129,9 @@ def load_quantized(model: Module, state: Mapping[str, Tensor]) -> Module:
     """
 
     def make(path: str, layer: Any) -> Module:
-        held = lambda name: state.get(f"{path}.{name}".lstrip("."))
+        def held(name: str) -> Any:
+            return state.get(f"{path}.{name}".lstrip("."))
+
         weight, bias, static = held("weight"), held("bias") is not None, held("input_scale") is not None
         if isinstance(layer, BatchNorm) and held("running_mean") is None:
             return Identity()  # it was folded

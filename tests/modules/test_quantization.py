@@ -81,6 +81,7 @@ def test_a_weight_is_packed_once_and_only_for_kernels() -> None:
         reference = layer(x)
         assert layer.packed() is None
     packed = layer.packed()
+    assert packed is not None
     assert packed is layer.packed()
     assert layer(x).tolist() == reference.tolist()
     t.m04_layers.overwrite(layer.weight, 1)

@@ -2421,7 +2421,7 @@ row(
 )
 row("quantize", QUANTIZE, numpy_quantize, steps, (), "int8", bad=[
     bad(lambda: QUANTIZE(t.ones(2, 3), t.ones(2), t.zeros(2)), ValueError, r"got dim=None and the shape \(2,\)"),
-    bad(lambda: QUANTIZE(t.ones(2, 3), t.tensor(1.0), 0, dim=0), ValueError, r"got dim=0 and the shape \(\)"),
+    bad(lambda: QUANTIZE(t.ones(2, 3), t.ones(2, 1), 0, dim=0), ValueError, r"got dim=0 and the shape \(2, 1\)"),
 ])  # fmt: skip
 row("dequantize", Op.registry["dequantize"], numpy_dequantize, whole_steps, ())
 row(
