@@ -770,11 +770,14 @@ def link(model: Module) -> Module:
             elif giver is not None and (layer is relu or type(layer) is ReLU):
                 giver.relu = True
                 row.add_module(name, Identity())
-            elif not (type(layer) in (Flatten, Identity, Dropout) or (
-                type(layer) is MaxPool2d and not layer.return_indices
-            )):  # fmt: skip
+            elif not keeps_order(layer):
                 giver = None
     return model
+
+
+def keeps_order(layer: Any) -> bool:
+    """Whether a layer, in eval mode, does the same to integers as to the floats that they stand for."""
+    return type(layer) in (Flatten, Identity, Dropout) or (type(layer) is MaxPool2d and not layer.return_indices)
 
 
 def test_linked_layers_give_the_same_bits() -> None:
