@@ -25,7 +25,24 @@ from numba.core import cgutils
 from numba.extending import intrinsic, models, register_model
 
 from tinytorch.kernels.cpu.jit import CPU, cores, features, kernel, plain, run
-from tinytorch.kernels.cpu.vectors import I32, I64, LANES, address, bytes_at, call, floats, splat
+from tinytorch.kernels.cpu.lines import store_some
+from tinytorch.kernels.cpu.vectors import (
+    I32,
+    I64,
+    LANES,
+    VECTOR,
+    address,
+    apart,
+    broadcast,
+    call,
+    floats,
+    load,
+    maximum,
+    minimum,
+    part_mask,
+    splat,
+    vector,
+)
 
 __all__ = ["Packed", "int8_linear", "int8_matmul", "pack"]
 
@@ -152,8 +169,8 @@ def store_sums(typing, address, sums):
     """Write vector after vector from an address on."""
 
     def generate(context, b, signature, arguments):
-        for v, vector in enumerate(cgutils.unpack_tuple(b, arguments[1], sums.count)):
-            b.store(vector, at(b, arguments[0], SUMS, 4 * LANES * v), align=4)
+        for v, part in enumerate(cgutils.unpack_tuple(b, arguments[1], sums.count)):
+            b.store(part, at(b, arguments[0], SUMS, 4 * LANES * v), align=4)
         return context.get_dummy_value()
 
     return types.void(address, sums), generate
@@ -202,41 +219,72 @@ def write_sums(rows, columns, block, where, step):
             out[c] = sums[c]
 
 
-@kernel
-def write_scaled(rows, columns, block, where, step, zeros, weights, a_scales, scales, addends, least):
-    """Write scale · (sums - zero point · sum of weights) + bias, or `least` if that is more, as float32."""
-    for r in range(rows):
-        out, zero, factor = floats(where + step * r, columns), zeros[r], a_scales[r]
-        for c in range(columns):
-            total = np.int32(block[r, c] - np.int32(zero * weights[c]))
-            value = np.float32(total) * (factor * scales[c]) + addends[c]
-            out[c] = least if value < least else value
+@intrinsic
+def corrected(typing, sums, weights, zero):
+    """LANES sums at an address, less `zero` times the sums of weights at another, as float32."""
+
+    def generate(context, b, signature, arguments):
+        found, subtracted = (b.load(at(b, place, SUMS), align=4) for place in arguments[:2])
+        total = b.sub(found, b.mul(subtracted, splat(b, b.trunc(arguments[2], I32), LANES)))
+        return b.sitofp(total, VECTOR)
+
+    return vector(types.int64, types.int64, types.int64), generate
 
 
-@kernel(inline="always")
-def to_int8(value, inverse, low, high, zero):
-    """round(value · inverse) + zero, clamped: `low` and `high` are -128 and 127 less the zero point. nan becomes -128.
+@intrinsic
+def store_bytes(typing, address, value, count):
+    """Write the first `count` lanes, of whole numbers from -128 to 127, as bytes."""
+
+    def generate(context, b, signature, arguments):
+        place, value, count = arguments
+        numbers = b.trunc(b.fptosi(value, SUMS), ir.VectorType(I8, LANES))
+        pointer = b.inttoptr(place, numbers.type.as_pointer())
+        mask = part_mask(b, count)
+        call(b, f"llvm.masked.store.v{LANES}i8.p0", ir.VoidType(), [numbers, pointer, ir.Constant(I32, 1), mask])
+        return context.get_dummy_value()
+
+    return types.void(types.int64, vector, types.int64), generate
+
+
+@kernel(forceinline=True)
+def rounded(value, inverse, low, high, zero):
+    """round(value · inverse) + zero, clamped: `low` and `high` are -128 and 127 less the zero point. nan becomes `low`.
 
     What lies between them is rounded, to even in the middle, by adding a number that leaves no bits behind the point.
     """
-    value = value * inverse
-    value = value if value > low else low
-    value = value if value < high else high
-    return np.int8(np.int32((value + MAGIC) - MAGIC) + zero)
+    value = minimum(maximum(low, value * inverse), high)
+    return ((value + broadcast(MAGIC)) - broadcast(MAGIC)) + zero
+
+
+@kernel(forceinline=True)
+def write_row(block, columns, where, weights, zero, factor, scales, addends, least, rounding):
+    """Write factor · scales · (sums - zero · weights) + addends, or `least` if that is more, of a row of a block.
+
+    As float32, or as bytes if there is a `rounding`: 1 / scale and zero point. All but `factor`, `least` and `rounding`
+    are addresses and whole numbers. Whole vectors are read, `columns` numbers written.
+    """
+    if len(rounding):
+        inverse, zero_point = broadcast(rounding[0]), broadcast(rounding[1])
+        low, high = broadcast(np.float32(-128) - rounding[1]), broadcast(np.float32(127) - rounding[1])
+        for c in range(0, columns, LANES):
+            value = corrected(block + 4 * c, weights + 4 * c, zero) * (broadcast(factor) * load(scales + 4 * c))
+            value = maximum(value + load(addends + 4 * c), broadcast(least))
+            store_bytes(where + c, rounded(value, inverse, low, high, zero_point), columns - c)
+    else:
+        for c in range(0, columns, LANES):
+            value = corrected(block + 4 * c, weights + 4 * c, zero) * (broadcast(factor) * load(scales + 4 * c))
+            value = maximum(value + load(addends + 4 * c), broadcast(least))
+            store_some(where + 4 * c, value, columns - c)
 
 
 @kernel
-def write_rounded(rows, columns, block, where, step, zeros, weights, a_scales, scales, addends, least, rounding):
-    """The same, quantized by `rounding`: 1 / scale and zero point."""
-    inverse, zero_point = rounding[0], np.int32(rounding[1])
-    low, high = np.float32(-128) - rounding[1], np.float32(127) - rounding[1]
+def write_scaled(rows, columns, block, where, step, zeros, weights, a_scales, scales, addends, least, rounding):
+    """Write a block's rows, each with its own scale and zero point. Arrays are given by their addresses, but `zeros`
+    and `a_scales`, of the rows."""
+    apart()
     for r in range(rows):
-        out, zero, factor = bytes_at(where + step * r, columns), zeros[r], a_scales[r]
-        for c in range(columns):
-            total = np.int32(block[r, c] - np.int32(zero * weights[c]))
-            value = np.float32(total) * (factor * scales[c]) + addends[c]
-            value = least if value < least else value
-            out[c] = to_int8(value, inverse, low, high, zero_point)
+        write_row(block + 4 * COLUMNS * r, columns, where + step * r, weights, np.int64(zeros[r]), a_scales[r],
+                  scales, addends, least, rounding)  # fmt: skip
 
 
 @kernel
@@ -279,15 +327,11 @@ def matmul_part(
                 rows, address(strip) + r * width, width, address(panels) + panel * panels.shape[1],
                 address(starts) + 4 * column, steps, address(block),
             )  # fmt: skip
-            weights = sums[column:]
-            if not scaled:
-                write_sums(rows, columns, block, where, step)
-            elif len(rounding):
-                write_rounded(rows, columns, block, where, step, zeros[r:], weights, a_scales[r:], scales, addends,
-                              least, rounding)  # fmt: skip
+            if scaled:
+                write_scaled(rows, columns, address(block), where, step, zeros[r:], address(sums) + 4 * column,
+                             a_scales[r:], address(scales), address(addends), least, rounding)  # fmt: skip
             else:
-                write_scaled(rows, columns, block, where, step, zeros[r:], weights, a_scales[r:], scales, addends,
-                             least)  # fmt: skip
+                write_sums(rows, columns, block, where, step)
 
 
 @kernel

@@ -33,11 +33,11 @@ from tinytorch.kernels.cpu.quantized import (
     pack,
     rounding_of,
     store_sums,
-    to_int8,
+    write_row,
 )
 from tinytorch.kernels.cpu.quantized import add_products as add_products_wide
 from tinytorch.kernels.cpu.quantized import first_sums as first_sums_wide
-from tinytorch.kernels.cpu.vectors import address, apart, bytes_at, floats
+from tinytorch.kernels.cpu.vectors import address, apart
 
 __all__ = ["channels_last", "int8_convolution", "max_pool", "pack_filters"]
 
@@ -95,24 +95,15 @@ def narrow_tile(scratch, windows, runs, steps, panel, starts, block):
 
 
 @kernel
-def write_tile(rows, columns, width, block, where, step, factors, addends, least, rounding):
-    """Write factor · sum + bias, or `least` if that is more, of a block so wide; rounded, if there is a rounding."""
+def write_tile(rows, columns, width, block, where, step, starts, factors, addends, least, rounding):
+    """Write factor · sum + bias, or `least` if that is more, of a block so wide; rounded, if there is a rounding.
+
+    All but `least` and `rounding` are addresses and whole numbers.
+    """
     apart()
-    if len(rounding):
-        inverse, zero_point = rounding[0], np.int32(rounding[1])
-        low, high = np.float32(-128) - rounding[1], np.float32(127) - rounding[1]
-        for r in range(rows):
-            pixel, sums = bytes_at(where + step * r, columns), block[r * width : r * width + columns]
-            for c in range(columns):
-                value = np.float32(sums[c]) * factors[c] + addends[c]
-                value = least if value < least else value
-                pixel[c] = to_int8(value, inverse, low, high, zero_point)
-    else:
-        for r in range(rows):
-            out, sums = floats(where + step * r, columns), block[r * width : r * width + columns]
-            for c in range(columns):
-                value = np.float32(sums[c]) * factors[c] + addends[c]
-                out[c] = least if value < least else value
+    for r in range(rows):
+        write_row(block + 4 * width * r, columns, where + step * r, starts, np.int64(0), np.float32(1), factors,
+                  addends, least, rounding)  # fmt: skip
 
 
 # -- pictures ----------------------------------------------------------------------------------------------------------
@@ -162,7 +153,8 @@ def convolve_part(
     """One of the parts of all pairs of a picture and a band of rows.
 
     Args:
-        width: of a panel. windows: how far each window of a band is from the scratch's start, in bytes.
+        width: of a panel. factors, addends: one for each column of the panels.
+        windows: how far each window of a band is from the scratch's start, in bytes.
         runs: how far a window's stretches are from its start. plan: see `make_plan`.
         out: bytes of (N, OH, OW, O).
     """
@@ -185,9 +177,9 @@ def convolve_part(
                     wide_tile(address(scratch), places, runs, steps, weights, begin, address(block))
                 else:
                     narrow_tile(address(scratch), places, runs, steps, weights, begin, address(block))
-                write_tile(min(height, count - w), min(width, outputs - column), width, block,
-                           target + (w * outputs + column) * itemsize, outputs * itemsize, factors[column:],
-                           addends[column:], least, rounding)  # fmt: skip
+                write_tile(min(height, count - w), min(width, outputs - column), width, address(block),
+                           target + (w * outputs + column) * itemsize, outputs * itemsize, begin,
+                           address(factors) + 4 * column, address(addends) + 4 * column, least, rounding)  # fmt: skip
 
 
 @kernel
@@ -240,8 +232,10 @@ def int8_convolution(
     pixels = (x.transpose(0, 2, 3, 1) if last else plain(x)).reshape(-1)
     rounding = rounding_of(out_scale, out_zero_point)
     starts = packed.starts - zero * packed.sums
-    factors = np.float32(x_scale) * plain(weight_scale)
-    addends = np.zeros(outputs, np.float32) if bias is None else plain(bias)
+    factors, addends = np.zeros((2, len(starts)), np.float32)  # for whole vectors
+    factors[:outputs] = np.float32(x_scale) * weight_scale
+    if bias is not None:
+        addends[:outputs] = bias
     out = np.empty((pictures, *windows.count, outputs * (1 if len(rounding) else 4)), np.int8)
     work = pictures * math.prod(windows.count) * packed.panels.size // (768 if VNNI else 128)
     run(
@@ -256,22 +250,27 @@ def int8_convolution(
 
 
 @kernel
+def keep_larger(best, pixel):
+    """best = max(best, pixel), elementwise."""
+    for c in range(len(best)):
+        best[c] = pixel[c] if pixel[c] > best[c] else best[c]
+
+
+@kernel
 def pool_rows(part, parts, x, out, size, stride, padding, dilation):
     """The largest of each window of (N, H, W, C), whatever the channel, in a part of the rows of out (N, OH, OW, C)."""
     pictures, out_height, out_width, channels = out.shape
     height, width = x.shape[1:3]
     for row in range(pictures * out_height * part // parts, pictures * out_height * (part + 1) // parts):
         n, i = row // out_height, row % out_height
-        for j in range(out_width):
-            best = out[n, i, j]
-            best[:] = -128
-            for u in range(size[0]):
-                for v in range(size[1]):
-                    r, s = i * stride[0] + u * dilation[0] - padding[0], j * stride[1] + v * dilation[1] - padding[1]
-                    if 0 <= r < height and 0 <= s < width:
-                        pixel = x[n, r, s]
-                        for c in range(channels):
-                            best[c] = max(best[c], pixel[c])
+        out[n, i] = -128
+        for u in range(size[0]):
+            r = i * stride[0] + u * dilation[0] - padding[0]
+            for v in range(size[1]) if 0 <= r < height else range(0):
+                for j in range(out_width):
+                    s = j * stride[1] + v * dilation[1] - padding[1]
+                    if 0 <= s < width:
+                        keep_larger(out[n, i, j], x[n, r, s])
 
 
 @kernel

@@ -9,12 +9,14 @@ import numpy as np
 from numba import prange
 
 from tinytorch.kernels.cpu.jit import cores, kernel, plain, run
-from tinytorch.kernels.cpu.quantized import to_int8
+from tinytorch.kernels.cpu.lines import load_some
+from tinytorch.kernels.cpu.quantized import rounded, store_bytes
 from tinytorch.kernels.cpu.quantized_convolution import channels_last
 from tinytorch.kernels.cpu.vectors import (
     LANES,
     address,
     blank,
+    broadcast,
     fma,
     largest,
     load,
@@ -29,9 +31,11 @@ __all__ = ["int4_linear", "quantize", "quantize_rows"]
 @kernel
 def round_all(x, inverse, zero, low, high, out):
     """round(x · inverse) + zero, from low to high."""
-    least, most = np.float32(low - zero), np.float32(high - zero)
-    for i in range(len(x)):
-        out[i] = to_int8(x[i], inverse, least, most, zero)
+    least, most = broadcast(np.float32(low - zero)), broadcast(np.float32(high - zero))
+    factor, shift, size = broadcast(inverse), broadcast(np.float32(zero)), len(x)
+    for i in range(0, size, LANES):
+        value = load_some(address(x) + 4 * i, size - i)
+        store_bytes(address(out) + i, rounded(value, factor, least, most, shift), size - i)
 
 
 @kernel

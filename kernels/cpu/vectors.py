@@ -17,7 +17,7 @@ from numba.extending import intrinsic, models, overload, register_model
 
 from tinytorch.kernels.cpu.jit import LANES
 
-__all__ = ["LANES", "address", "apart", "blank", "broadcast", "bytes_at", "floats", "fma", "keep", "largest", "load",
+__all__ = ["LANES", "address", "apart", "blank", "broadcast", "floats", "fma", "keep", "largest", "load",
            "load_part", "maximum", "minimum", "store", "store_part", "total", "where_equal",
            "where_less"]  # fmt: skip
 
@@ -255,24 +255,18 @@ for _sign, _instruction in ((operator.add, "fadd"), (operator.sub, "fsub"), (ope
     _elementwise(_sign, _instruction)
 
 
-def array_at(kind: Any, itemsize: int) -> Any:
-    """The instruction: `count` numbers of a kind from an address on, as an array."""
-    array_type, pointer = types.Array(kind, 1, "C"), {4: F32, 1: ir.IntType(8)}[itemsize].as_pointer()
+@intrinsic
+def floats(typing, address, count):
+    """`count` float32 from an address on, as an array."""
+    kind = types.Array(types.float32, 1, "C")
 
-    @intrinsic
-    def array(typing, address, count):
-        def generate(context, b, signature, arguments):
-            made = context.make_array(array_type)(context, b)
-            size = ir.Constant(I64, itemsize)
-            context.populate_array(
-                made, data=b.inttoptr(arguments[0], pointer), shape=cgutils.pack_array(b, [arguments[1]]),
-                strides=cgutils.pack_array(b, [size]), itemsize=size, meminfo=None,
-            )  # fmt: skip
-            return made._getvalue()
+    def generate(context, b, signature, arguments):
+        array = context.make_array(kind)(context, b)
+        itemsize = ir.Constant(I64, 4)
+        context.populate_array(
+            array, data=b.inttoptr(arguments[0], F32.as_pointer()), shape=cgutils.pack_array(b, [arguments[1]]),
+            strides=cgutils.pack_array(b, [itemsize]), itemsize=itemsize, meminfo=None,
+        )  # fmt: skip
+        return array._getvalue()
 
-        return array_type(types.int64, types.int64), generate
-
-    return array
-
-
-floats, bytes_at = array_at(types.float32, 4), array_at(types.int8, 1)
+    return kind(types.int64, types.int64), generate

@@ -1700,7 +1700,8 @@ KERNELS = [
         ("if row != copied:", "if copied < 0:", "only the first strip is copied"),
         ("if count > 4:", "if count > 5:", "the fifth row of five is not computed"),
         ("    padded[:N, :K] = weight\n", "    padded[:N, :K] = np.maximum(weight, -127)\n", "-128 is taken for -127"),
-        ("np.int32(zero * weights[c]))\n            value = np.float32(total) * (factor * scales[c]) + addends[c]\n            out",
+        ("np.int32(zero * weights[c]))\n            value = np.float32(total) * (factor * scales[c]) + addends[c]\n"
+         "            out",
          "np.int32(zero))\n            value = np.float32(total) * (factor * scales[c]) + addends[c]\n            out",
          "the zero point is subtracted once, not once for each weight"),
         ("weights = sums[column:]", "weights = sums", "all panels are corrected with the sums of the first"),
