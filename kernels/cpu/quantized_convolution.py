@@ -259,7 +259,7 @@ def keep_larger(best, pixel):
 @kernel
 def pool_rows(part, parts, x, out, size, stride, padding, dilation):
     """The largest of each window of (N, H, W, C), whatever the channel, in a part of the rows of out (N, OH, OW, C)."""
-    pictures, out_height, out_width, channels = out.shape
+    pictures, out_height, out_width = out.shape[:3]
     height, width = x.shape[1:3]
     for row in range(pictures * out_height * part // parts, pictures * out_height * (part + 1) // parts):
         n, i = row // out_height, row % out_height

@@ -44,7 +44,7 @@ def compare(x: np.ndarray, zero: int, weight: np.ndarray, others: tuple, windows
 @settings(max_examples=60)
 @given(
     count=st.integers(0, 3), channels=st.integers(1, 9), outputs=st.sampled_from([1, 5, 31, 32, 33, 64, 70, 130]),
-    shape=st.tuples(st.integers(6, 9), st.integers(6, 17)), size=pairs, stride=pairs, dilation=pairs,
+    shape=st.tuples(st.integers(7, 9), st.integers(7, 17)), size=pairs, stride=pairs, dilation=pairs,
     padding=st.tuples(borders, borders), last=st.booleans(), zero=st.sampled_from([-128, 0, 7, 127]),
     has_bias=st.booleans(), rounds=st.booleans(), relu=st.booleans(), seed=st.integers(0, 1 << 30),
 )  # fmt: skip
