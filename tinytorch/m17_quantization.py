@@ -16,6 +16,7 @@ from collections.abc import Callable
 from functools import partial
 from typing import Any
 
+from tinytorch.kernels import load
 from tinytorch.m01_setup import assert_close, manual_seed, message_of, print_table, run_module, seconds
 from tinytorch.m02_tensor import (
     Op,
@@ -52,6 +53,8 @@ from tinytorch.m09_spatial import (
     paddings,
 )
 from tinytorch.m12_embeddings import Embedding, LearnedPositions, check_ids, positions_of
+from tinytorch.m16_acceleration import attach, kernels_enabled, reference_kernels
+from tinytorch.m16_acceleration_appendix import ARRAY, single
 
 # %% [markdown]
 # ## Mathematical foundations
@@ -297,10 +300,71 @@ def test_each_row_has_its_own_steps() -> None:
 
 
 # %% [markdown]
+# ### Kernels
+# As in module 16: attached from outside, under conditions that look at dtypes and sizes only. A kernel reads a weight
+# in an order of its own; who keeps a weight keeps that, too, and hands it over as `packed`.
+
+
+# %%
+def whole(x: Any) -> bool:
+    """Whether this is a NumPy array of int8."""
+    return type(x) is ARRAY and x.dtype.char == "b"
+
+
+def rounds(x: Any, scale: Any, zero_point: Any, *, dim: Any = None, low: int = -128, high: int = 127) -> bool:
+    return dim is None and single(x, scale) and scale.ndim == 0 and x.size >= 1 << 10
+
+
+def rounds_rows(x: Any) -> bool:
+    return single(x) and x.ndim > 0 and x.shape[-1] > 0 and x.size >= 1 << 10
+
+
+def multiplies(x: Any, x_scale: Any, x_zero_point: Any, weight: Any, scales: Any, *others: Any, **options: Any) -> bool:
+    fit = whole(x) and whole(weight) and x.ndim > 0 and x.shape[-1:] == weight.shape[1:]
+    return fit and single(x_scale, scales, *others[:2]) and x.size * len(weight) >= 1 << 12
+
+
+def bytes_like(*shape: int) -> Any:
+    return randint(-128, 128, shape).to(int8).data
+
+
+def linear_example(count: int) -> tuple[tuple, dict[str, Any]]:
+    scales, bias = ((abs(randn(n)) + 0.1).data for n in (100, 100))
+    return (bytes_like(16 * count, 64), tensor(0.1).data, 3, bytes_like(100, 64), scales, bias), {}
+
+
+KERNELS, PACKERS = "tinytorch.kernels.cpu", dict[Op, Callable[[Any], Any]]()
+for _operation, _place, _when, _why, _example in (
+    (quantize, "rounding:quantize", rounds, "float32, one scale, from 1,024 elements",
+     lambda count: ((randn(count, 1024).data, tensor(0.02).data, 3), {})),
+    (quantize_rows, "rounding:quantize_rows", rounds_rows, "float32, from 1,024 elements",
+     lambda count: ((randn(count, 1024).data,), {})),
+    (int8_linear, "quantized:int8_linear", multiplies, "int8, from 4,096 products", linear_example),
+):  # fmt: skip
+    attach(_operation, "numpy", f"{KERNELS}.{_place}", _when, _why, _example)
+
+
+def packer(place: str) -> Callable[[Any], Any]:
+    """Lays a weight out for a kernel, where kernels run; None elsewhere."""
+    return lambda array: load(f"{KERNELS}.{place}")(array) if kernels_enabled() and whole(array) else None
+
+
+PACKERS[int8_linear] = packer("quantized:pack")
+
+
+def test_a_kernel_gives_the_same_bits() -> None:
+    inputs, _ = linear_example(3)
+    with reference_kernels():
+        expected = int8_linear(*inputs)
+    assert multiplies(*inputs)
+    assert int8_linear(*inputs).tolist() == expected.tolist()
+
+
+# %% [markdown]
 # ### Watching a few batches
 # Faster, because nothing has to be found at run time: *observers* stand before the layers while a few batches pass,
-# and say afterwards which range to use. The largest element that ever came is a poor choice where it is rare. A
-# percentile cuts off a fixed share; the best cut is the one with the smallest error, which can be tried out.
+# and say afterwards which range to use. The largest element that ever came is a poor choice where it is rare. The best
+# cut is the one with the smallest error, which can be tried out.
 
 
 # %%
@@ -367,20 +431,6 @@ class SampleObserver(MinMaxObserver):
         self.parts.append(x.reshape(-1)[:: max(1, x.numel() // self.SIZE)])
 
 
-class PercentileObserver(SampleObserver):
-    """Covers all but a share of the elements at both ends: those beyond the percentile, 99.99 unless given."""
-
-    def __init__(self, percentile: float = 99.99) -> None:
-        super().__init__()
-        self.percentile = percentile
-
-    def covered(self) -> tuple[Tensor, Tensor]:
-        super().covered()
-        ranked = cat(self.parts).sort()[0]
-        outside = round((1 - self.percentile / 100) * (len(ranked) - 1))
-        return ranked[outside], ranked[len(ranked) - 1 - outside]
-
-
 class MSEObserver(SampleObserver):
     """Covers what makes the mean square error smallest, among everything and 63 narrower ranges."""
 
@@ -397,15 +447,15 @@ class MSEObserver(SampleObserver):
 def test_what_observers_cover() -> None:
     manual_seed(0)
     batches, found, errors = [randn(4000), cat([randn(3999), tensor([9.0])])], [], []
-    for observer in (MinMaxObserver(), MovingAverageMinMaxObserver(0.5), PercentileObserver(99.9), MSEObserver()):
+    for observer in (MinMaxObserver(), MovingAverageMinMaxObserver(0.5), MSEObserver()):
         for batch in batches:
             assert observer(batch) is batch
         found.append(observer.covered()[1].item())
         rounded = fake_quantize(cat(batches), *observer.calculate_qparams())
         errors.append(mean((rounded - cat(batches)) ** 2).item())
     assert found[0] == 9
-    assert found[0] > found[3] > found[1] > found[2] > 3
-    assert errors.index(min(errors)) == 3
+    assert found[0] > found[2] > found[1]
+    assert errors.index(min(errors)) == 2
     assert "nothing has passed yet" in message_of(MinMaxObserver().calculate_qparams, error=ValueError)
 
 
@@ -476,9 +526,6 @@ class Int8Layer(Module):
             made = packer(array)
             self._packed = None if made is None else (array, Writes.latest, made)
         return self._packed and self._packed[2]
-
-
-PACKERS: dict[Op, Callable[[Any], Any]] = {}  # an array of int8 to what the kernel of an operation takes as `packed`
 
 
 def weight_scale(weight: Tensor) -> Tensor:

@@ -10,28 +10,29 @@ import copy
 from collections.abc import Mapping
 from typing import Any
 
-from tinytorch.kernels import load
 from tinytorch.m02_tensor import Tensor, matmul, op, randn, tensor, zeros
-from tinytorch.m02_tensor_appendix import amax, randint
+from tinytorch.m02_tensor_appendix import amax, cat, randint
 from tinytorch.m04_layers import Linear, Module
 from tinytorch.m04_layers_appendix import Identity
 from tinytorch.m06_autograd import gradient, no_grad, non_differentiable
 from tinytorch.m09_spatial import BatchNorm, Conv2d, Windows, lay_windows, max_pool
 from tinytorch.m12_embeddings import Embedding, LearnedPositions
-from tinytorch.m16_acceleration import attach, kernels_enabled
-from tinytorch.m16_acceleration_appendix import ARRAY, single
+from tinytorch.m16_acceleration import attach
+from tinytorch.m16_acceleration_appendix import single
 from tinytorch.m17_quantization import (
+    KERNELS,
     PACKERS,
     QuantizedConv2d,
     QuantizedEmbedding,
     QuantizedLinear,
     QuantizedPositions,
+    SampleObserver,
+    bytes_like,
     int8_convolution,
-    int8_linear,
     link,
-    quantize,
-    quantize_rows,
+    packer,
     rebuild,
+    whole,
 )
 
 # -- four bits ---------------------------------------------------------------------------------------------------------
@@ -115,6 +116,23 @@ def quantize_int4(model: Module, group: int = 32) -> Module:
     return rebuild(copy.deepcopy(model), make).eval()
 
 
+# -- observers ---------------------------------------------------------------------------------------------------------
+
+
+class PercentileObserver(SampleObserver):
+    """Covers all but a share of the elements at both ends: those beyond the percentile, 99.99 unless given."""
+
+    def __init__(self, percentile: float = 99.99) -> None:
+        super().__init__()
+        self.percentile = percentile
+
+    def covered(self) -> tuple[Tensor, Tensor]:
+        super().covered()
+        ranked = cat(self.parts).sort()[0]
+        outside = round((1 - self.percentile / 100) * (len(ranked) - 1))
+        return ranked[outside], ranked[len(ranked) - 1 - outside]
+
+
 # -- files -------------------------------------------------------------------------------------------------------------
 
 
@@ -157,27 +175,6 @@ def load_quantized(model: Module, state: Mapping[str, Tensor]) -> Module:
 # -- kernels -----------------------------------------------------------------------------------------------------------
 
 
-def whole(x: Any) -> bool:
-    """Whether this is a NumPy array of int8."""
-    return type(x) is ARRAY and x.dtype.char == "b"
-
-
-def rounds(x: Any, scale: Any, zero_point: Any, *, dim: Any = None, low: int = -128, high: int = 127) -> bool:
-    return dim is None and single(x, scale) and scale.ndim == 0 and x.size >= 1 << 10
-
-
-def rounds_rows(x: Any) -> bool:
-    return single(x) and x.ndim > 0 and x.shape[-1] > 0 and x.size >= 1 << 10
-
-
-def multiplies_bytes(
-    x: Any, x_scale: Any, x_zero_point: Any, weight: Any, weight_scale: Any, bias: Any = None, out_scale: Any = None,
-    out_zero_point: Any = None, **attributes: Any,
-) -> bool:  # fmt: skip
-    fit = whole(x) and whole(weight) and x.ndim > 0 and x.shape[-1:] == weight.shape[1:]
-    return fit and single(x_scale, weight_scale, bias, out_scale) and x.size * len(weight) >= 1 << 12
-
-
 def convolves_bytes(
     x: Any, x_scale: Any, x_zero_point: Any, weight: Any, weight_scale: Any, bias: Any = None, out_scale: Any = None,
     out_zero_point: Any = None, *, windows: Windows, **attributes: Any,
@@ -199,15 +196,9 @@ def multiplies_halves(x: Any, weight: Any, scale: Any, bias: Any = None) -> bool
     return fit and x.size <= FEW_ROWS * x.shape[-1]
 
 
-def linear_example(count: int) -> tuple[tuple, dict[str, Any]]:
-    x, weight = (randint(-128, 128, shape).to("int8").data for shape in ((16 * count, 64), (100, 64)))
-    scales, zeros_ = (abs(randn(n)).data for n in (16 * count, 100)), zeros(16 * count, dtype="int32").data
-    return (x, next(scales), zeros_, weight, next(scales), randn(100).data), {}
-
-
 def convolution_example(count: int) -> tuple[tuple, dict[str, Any]]:
     outputs = 100 if count % 2 else 16
-    x, weight = (randint(-128, 128, shape).to("int8").data for shape in ((count, 3, 16, 16), (outputs, 3, 3, 3)))
+    x, weight = bytes_like(count, 3, 16, 16), bytes_like(outputs, 3, 3, 3)
     one, zero_point = tensor(0.5).data, tensor(3, dtype="int32").data
     windows = lay_windows("warmup", (16, 16), (3, 3), (1, 1), ((1, 1), (1, 1)), (1, 1))
     return (x, one, zero_point, weight, abs(randn(outputs)).data, None, one, zero_point), {"windows": windows}
@@ -224,25 +215,13 @@ def halves_example(count: int) -> tuple[tuple, dict[str, Any]]:
     return (randn(rows, 64).data, weight, abs(randn(64 * count, 2)).data, randn(64 * count).data), {}
 
 
-PLACES = "tinytorch.kernels.cpu"
 for _operation, _place, _when, _why, _example in (
-    (quantize, "rounding:quantize", rounds, "float32, one scale, from 1,024 elements",
-     lambda count: ((randn(count, 1024).data, tensor(0.02).data, tensor(3, dtype="int32").data), {})),
-    (quantize_rows, "rounding:quantize_rows", rounds_rows, "float32, from 1,024 elements",
-     lambda count: ((randn(count, 1024).data,), {})),
-    (int8_linear, "quantized:int8_linear", multiplies_bytes, "float32 scales, from 4,096 products", linear_example),
     (int8_convolution, "quantized_convolution:int8_convolution", convolves_bytes, "float32 scales",
      convolution_example),
     (max_pool, "quantized_convolution:max_pool", pools_bytes, "int8, channels side by side", pool_example),
     (int4_linear, "rounding:int4_linear", multiplies_halves, "float32, up to 32 rows", halves_example),
 ):  # fmt: skip
-    attach(_operation, "numpy", f"{PLACES}.{_place}", _when, _why, _example)
+    attach(_operation, "numpy", f"{KERNELS}.{_place}", _when, _why, _example)
 
 
-def packer(place: str) -> Any:
-    """Lays a weight out for a kernel, where kernels run."""
-    return lambda array: load(place)(array) if kernels_enabled() and type(array) is ARRAY else None
-
-
-PACKERS[int8_linear] = packer(f"{PLACES}.quantized:pack")
-PACKERS[int8_convolution] = packer(f"{PLACES}.quantized_convolution:pack_filters")
+PACKERS[int8_convolution] = packer("quantized_convolution:pack_filters")

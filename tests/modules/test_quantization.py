@@ -64,7 +64,7 @@ def test_a_kernel_takes_its_example_and_says_what_the_operation_says(kernel: Ker
 @pytest.mark.parametrize("kernel", OWN, ids=lambda kernel: kernel.place.rpartition(".")[2])
 def test_other_dtypes_and_layouts_go_to_the_operation(kernel: Kernel) -> None:
     inputs, attributes = example(kernel, 2)
-    wide = [x.astype(np.float64) if x is not None and x.dtype == np.float32 else x for x in inputs]
+    wide = [x.astype(np.float64) if getattr(x, "dtype", None) == np.float32 else x for x in inputs]
     if kernel.op.name == "max_pool":
         wide = [np.ascontiguousarray(inputs[0])]  # channels apart
     assert not kernel.when(*wide, **attributes)
@@ -248,6 +248,20 @@ def test_gradients_pass_through_int4() -> None:
     (layer(x) * weights).sum().backward()
     weight = appendix.unpack_int4(layer.weight, layer.weight_scale)
     near(x.grad, weights @ weight, 1e-5)
+
+
+# -- observers ---------------------------------------------------------------------------------------------------------
+
+
+def test_a_percentile_cuts_a_share_off_at_both_ends() -> None:
+    observer = quantization.PercentileObserver(99.0)
+    values = t.randperm(2001).to("float32") - 700.0
+    observer(values[:1000])
+    observer(values[1000:])
+    low, high = observer.covered()
+    assert (low.item(), high.item()) == (-680, 1280)  # 20 of 2,001 are beyond on each side
+    with pytest.raises(ValueError, match="PercentileObserver: nothing has passed yet"):
+        quantization.PercentileObserver().covered()
 
 
 # -- training ----------------------------------------------------------------------------------------------------------
