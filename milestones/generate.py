@@ -13,11 +13,13 @@ from itertools import chain, takewhile
 from pathlib import Path
 from typing import Any
 
-import tinytorch.m14_transformers_appendix  # noqa: F401 - gives GPT from_pretrained
 from tinytorch.m11_tokenization import Tokenizer
 from tinytorch.m11_tokenization_appendix import load_tokenizer
-from tinytorch.m14_transformers import GPT
+from tinytorch.m14_transformers import GPT, GPTConfig
+from tinytorch.m14_transformers_appendix import unset_model  # and it gives GPT from_pretrained
 from tinytorch.milestones.program import UsageError, default_device
+from tinytorch.milestones.quantized import FILE, read_quantized
+from tinytorch.quantization import load_quantized
 
 END_OF_TEXT = "<|endoftext|>"
 UNKNOWN = "\ufffd"  # shown for an id that the model has and the tokenizer lacks
@@ -89,7 +91,8 @@ def load_writer(folder: str | os.PathLike) -> Writer:
     if not (folder / "config.json").is_file():
         raise UsageError(f"{folder} holds no language model (config.json, model.safetensors); {advice_for(folder)}")
     try:
-        model, tokenizer = GPT.from_pretrained(folder), load_tokenizer(folder)
+        model = load_small(folder) if (folder / FILE).is_file() else GPT.from_pretrained(folder)
+        tokenizer = load_tokenizer(folder)
         entries = json.loads((folder / "config.json").read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
         raise UsageError(str(error)) from error
@@ -97,6 +100,15 @@ def load_writer(folder: str | os.PathLike) -> Writer:
     llama = isinstance(begin, int) and entries.get("model_type") == "llama"  # GPT-2 begins without
     stops = frozenset(id for id in (end if isinstance(end, list) else [end]) if isinstance(id, int))
     return Writer(model, tokenizer, (begin,) if llama else (), stops)
+
+
+def load_small(folder: Path) -> GPT:
+    """The language model that `tinytorch quantize` left in a folder."""
+    state, about = read_quantized(folder)
+    if "gpt" not in about:
+        raise UsageError(f"{folder} holds a quantized network that is no language model")
+    model: Any = load_quantized(unset_model(GPT, GPTConfig(**about["gpt"])), state)
+    return model
 
 
 def advice_for(folder: Path) -> str:

@@ -16,8 +16,10 @@ from tinytorch.m01_setup_appendix import BLUE, GREY, dress_axes, new_figure, sav
 from tinytorch.m08_training import read_checkpoint
 from tinytorch.milestones.pictures import Recipe, recipe_of
 from tinytorch.milestones.program import UsageError
+from tinytorch.milestones.quantized import FILE, read_quantized
 from tinytorch.milestones.report import picture_of
 from tinytorch.milestones.runs import settings_of
+from tinytorch.quantization import load_quantized
 from tinytorch.transforms import Normalize
 
 if TYPE_CHECKING:
@@ -45,6 +47,25 @@ class Reader:
 def load_reader(folder: str | os.PathLike) -> Reader:
     """The network that a milestone trained in a folder. UsageError, which says what is missing, if there is none."""
     folder = Path(folder)
+    small = (folder / FILE).is_file()
+    weights, settings = quantized_state(folder) if small else trained_state(folder)
+    try:
+        recipe = recipe_of(settings)
+    except (AttributeError, ImportError, KeyError) as error:
+        raise UsageError(f"{folder}: not a network that reads pictures; the mlp and the cnn do") from error
+    model = recipe.network()
+    try:
+        if small:
+            model = load_quantized(model, weights)
+        else:
+            model.load_state_dict(weights)
+    except RuntimeError as error:
+        raise UsageError(f"{folder}: its network is of another version of tinytorch; train it again") from error
+    return Reader(model.eval(), recipe)
+
+
+def trained_state(folder: Path) -> tuple[Any, dict[str, Any]]:
+    """The weights that a training left in a folder, and what it was begun with."""
     try:
         state = read_checkpoint(folder)
     except (OSError, ValueError) as error:
@@ -54,16 +75,13 @@ def load_reader(folder: str | os.PathLike) -> Reader:
                          if not (path.parent / "tokenizer.json").exists())  # a tinygpt's  # fmt: skip
         advice = f"there is one in {', '.join(trained)}" if trained else "train one: tinytorch milestone run cnn"
         raise UsageError(f"{folder} holds no trained network (last.safetensors); {advice}")
-    try:
-        recipe = recipe_of(settings_of(state))
-    except (AttributeError, ImportError, KeyError) as error:
-        raise UsageError(f"{folder}: not a network that reads pictures; the mlp and the cnn do") from error
-    model = recipe.network()
-    try:
-        model.load_state_dict(state["model"])
-    except RuntimeError as error:
-        raise UsageError(f"{folder}: its network is of another version of tinytorch; train it again") from error
-    return Reader(model.eval(), recipe)
+    return state["model"], settings_of(state)
+
+
+def quantized_state(folder: Path) -> tuple[Any, dict[str, Any]]:
+    """The same of what `tinytorch quantize` left there."""
+    state, about = read_quantized(folder)
+    return state, about.get("settings", {})
 
 
 # -- pictures ----------------------------------------------------------------------------------------------------------

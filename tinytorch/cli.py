@@ -1,4 +1,4 @@
-"""The command `tinytorch`: `doctor`, `modules`, `test`, `milestone`, `show`, `predict`, `generate`, `profile`, `kernels` and more.
+"""The command `tinytorch`: what a reader, a user and a teacher call from a shell.
 
 Whatever takes time to import is imported inside the command that needs it.
 """
@@ -15,7 +15,7 @@ from typing import Annotated, Any, NoReturn
 import typer
 
 from tinytorch import __version__
-from tinytorch.curriculum import MODULES, find_module
+from tinytorch.curriculum import MODULES, find_module, load_modules
 
 app = typer.Typer(
     help="TinyTorch: a deep-learning framework in twenty modules.",
@@ -237,11 +237,35 @@ def profile_network(
     raise typer.Exit(run(arguments or []))
 
 
+@app.command(epilog="Examples: tinytorch quantize runs/cnn --int8; tinytorch quantize runs/tinygpt --int4 --json")
+def quantize(
+    run: Annotated[Path, typer.Argument(metavar="RUN", help="The folder of a trained network: runs/cnn …")],
+    int8: Annotated[bool, typer.Option("--int8/--int4", help="All in 8 bits, or linear layers' weights in 4.")] = True,
+    out: Annotated[Path | None, typer.Option(help="Where the small one goes (RUN-int8).")] = None,
+    calibrate: Annotated[int | None, typer.Option(min=1, help="Training pictures that ranges are found by.")] = None,
+    root: Annotated[Path | None, typer.Option(help="Folder with the files of the data it learned.")] = None,
+    as_json: JsonOption = False,
+) -> None:
+    """Make a trained network four times smaller, and measure what it has gained and lost."""
+    from tinytorch.milestones.quantize import quantize_run
+
+    found = _or_fail(quantize_run, run, out, 8 if int8 else 4, calibrate, root)
+    if as_json:
+        print(json.dumps(found, indent=2))
+        return
+    columns = list(found["float32"])
+    rows = [(kind, *(_as_text(found[kind][c]) for c in columns)) for kind in ("float32", f"int{found['bits']}")]
+    print_rows(("", *columns), rows)
+    print(f"{found['times_smaller']:.2f} times smaller; {found['times_faster']:.2f} times as fast at batch "
+          f"{found['batch']}. It is in {found['out']}")  # fmt: skip
+
+
 @app.command(epilog="Example: tinytorch kernels --json")
 def kernels(as_json: JsonOption = False) -> None:
     """List which kernel runs in the place of which operation, when, and for which CPU it is compiled."""
     from tinytorch import m16_acceleration_appendix as acceleration
 
+    load_modules()
     report = acceleration.describe_kernels()
     if as_json:
         print(json.dumps(report, indent=2))
@@ -261,6 +285,7 @@ def warmup(as_json: JsonOption = False) -> None:
 
     from tinytorch import m16_acceleration_appendix as acceleration
 
+    load_modules()  # the kernels of later modules, too
     console = Console(stderr=True, quiet=as_json)
     rows = [acceleration.warm_up(kernel) for kernel in track(acceleration.KERNELS, "compiling", console=console)]
     rows.append(acceleration.warm_up_optimizers())

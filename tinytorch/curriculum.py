@@ -296,6 +296,21 @@ MODULES = (
         checkpoint="Make an operation as fast as the machine allows, and say what the limit is",
         exports={"": "kernels_enabled reference_kernels"},
     ),
+    Module(
+        number=17,
+        name="quantization",
+        title="Quantization",
+        part="Systems",
+        checkpoint="Do with one byte what was learned with four, and say what it cost",
+        exports={
+            "quantization": """
+                choose_scale quantize dequantize fake_quantize quantize_rows
+                MinMaxObserver MovingAverageMinMaxObserver PercentileObserver MSEObserver
+                fold_batch_norm prepare prepare_qat convert quantize_dynamic quantize_int4 load_quantized
+                QuantizedLinear QuantizedConv2d QuantizedEmbedding Int4Linear
+            """,
+        },
+    ),
 )
 
 FACES = (
@@ -311,6 +326,7 @@ FACES = (
     "optim",
     "optim.lr_scheduler",
     "profiler",
+    "quantization",
     "transforms",
     "utils",
     "utils.checkpoint",

@@ -313,6 +313,10 @@ class Embedding(Module):
     def forward(self, ids: Tensor) -> Tensor:
         return embedding(ids, self.weight, self.padding_idx, self.max_norm, self.norm_type, self.scale_grad_by_freq)
 
+    def scores(self, x: Tensor) -> Tensor:
+        """How well vectors (…, embedding_dim) fit each row: (…, num_embeddings). The last layer of tied weights."""
+        return linear(x, self.weight)
+
     def extra_repr(self) -> str:
         more = unusual(
             padding_idx=(self.padding_idx, None), max_norm=(self.max_norm, None), norm_type=(self.norm_type, 2.0),
@@ -331,7 +335,7 @@ def test_padding_is_zero_and_stays_zero() -> None:
 
 def test_tied_weights_get_both_gradients() -> None:
     table, ids = Embedding(5, 3), tensor([1, 1, 4])
-    linear(table(ids), table.weight).sum().backward()
+    table.scores(table(ids)).sum().backward()
     assert_close(table.weight.grad[0], table.weight[[1, 1, 4]].sum(0))  # row 0 only has what the last layer gives it
     assert_close(table.weight.grad[4], table.weight[[1, 1, 4]].sum(0) + table.weight.sum(0))
 

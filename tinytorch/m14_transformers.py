@@ -383,7 +383,7 @@ class GPT(Module):
 
     def scores(self, x: Tensor) -> Tensor:
         """(…, embed_dim) to the scores of all tokens, (…, vocab_size)."""
-        return linear(x, self.tokens.weight) if self.head is None else self.head(x)
+        return self.tokens.scores(x) if self.head is None else self.head(x)
 
     def forward(self, ids: Tensor) -> Tensor:
         return self.scores(self.features(ids))

@@ -494,6 +494,7 @@ class Kernel:
         place: where it stands, "package.module:name"; imported at its first call.
         when: (*arrays, **attributes), as the operation is called, to whether it can and should run.
         why: that condition in words.
+        example: makes inputs and attributes that it takes, of some rows or pictures; None: the appendix knows some.
     """
 
     op: Op
@@ -501,11 +502,15 @@ class Kernel:
     place: str
     when: Callable[..., bool]
     why: str
+    example: Callable[[int], tuple[tuple, dict[str, Any]]] | None = None
 
 
-def attach(op: Op, backend: str, place: str, when: Callable[..., bool], why: str) -> Kernel:
+def attach(
+    op: Op, backend: str, place: str, when: Callable[..., bool], why: str,
+    example: Callable[[int], tuple[tuple, dict[str, Any]]] | None = None,
+) -> Kernel:  # fmt: skip
     """Have a kernel run in an operation's place where `when` holds, and list it in KERNELS."""
-    kernel = Kernel(op, backend, place, when, why)
+    kernel = Kernel(op, backend, place, when, why, example)
     op.implement(backend, partial(on_probation, kernel), when)
     KERNELS.append(kernel)
     return kernel

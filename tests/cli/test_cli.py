@@ -32,7 +32,7 @@ def start(root: Path, *arguments: str, **environment: str) -> subprocess.Complet
 @pytest.mark.parametrize(
     "command",
     [[], ["doctor"], ["modules"], ["test"], ["milestone"], ["milestone", "list"], ["milestone", "run"], ["show"],
-     ["show", "data"], ["predict"], ["generate"], ["profile"]],
+     ["show", "data"], ["predict"], ["generate"], ["profile"], ["quantize"]],
     ids=lambda words: " ".join(words) or "tinytorch",
 )  # fmt: skip
 def test_help_has_an_example(command: list[str], capsys: pytest.CaptureFixture[str]) -> None:

@@ -12,7 +12,8 @@ from hypothesis import strategies as st
 from tests.kernels.guarded import guarded, guarded_empty
 from tinytorch.backends import get_backend
 from tinytorch.kernels.cpu import quantized
-from tinytorch.kernels.cpu.quantized import COLUMNS, DEPTHS, ROWS, Packed, int8_linear, int8_matmul, pack
+from tinytorch.kernels.cpu.quantized import COLUMNS, DEPTHS, ROWS, Packed, int8_matmul, pack
+from tinytorch.m17_quantization import int8_linear as operation
 
 XP = get_backend("cpu")
 SIZES = st.one_of(st.integers(0, 2 * COLUMNS + 1), st.sampled_from([0, 1, 2, 3, 4, 5, 6, 7, 63, 64, 65, 127, 128, 129]))
@@ -33,6 +34,13 @@ def linear(a: Any, a_scale: Any, weight: Any, weight_scale: Any, bias: Any = Non
     a_scale, zero = (np.asarray(x, np.float64).reshape(-1, 1) for x in (a_scale, zero))
     sums = (a - zero) @ weight.T.astype(np.float64)
     return a_scale * np.asarray(weight_scale, np.float64) * sums + (0 if bias is None else bias)
+
+
+def int8_linear(
+    a: np.ndarray, a_scale: Any, weight: np.ndarray, weight_scale: Any, bias: Any = None, zero: Any = 0
+) -> np.ndarray:
+    """The kernel's call, in the order of `linear`."""
+    return quantized.int8_linear(XP, a, a_scale, zero, weight, weight_scale, bias)
 
 
 def near(ours: np.ndarray, exact: np.ndarray) -> None:
@@ -61,7 +69,7 @@ def test_scaled_products(M: int, N: int, K: int, seed: int, each: tuple, has_bia
     weight_scale = random.uniform(0.001, 0.1, N if each[1] else ()).astype("float32")
     zero = random.integers(*zeros, M if each[2] else (), dtype=np.int32)
     bias = random.normal(size=N).astype("float32") if has_bias else None
-    ours = int8_linear(XP, a, a_scale, pack(weight), weight_scale, bias, zero)
+    ours = int8_linear(a, a_scale, weight, weight_scale, bias, zero)
     near(ours, linear(a, a_scale, weight, weight_scale, bias, zero))
 
 
@@ -69,7 +77,26 @@ def test_the_two_lines_that_it_stands_for() -> None:
     random = np.random.default_rng(0)
     a, weight, bias = bytes_of(random, 5, 40), bytes_of(random, 70, 40), np.arange(70, dtype="float32")
     expected = 0.5 * 0.25 * ((a - np.int32(3)) @ weight.T.astype(np.int32)) + bias
-    np.testing.assert_array_equal(int8_linear(XP, a, 0.5, pack(weight), 0.25, bias, 3), expected)
+    np.testing.assert_array_equal(int8_linear(a, 0.5, weight, 0.25, bias, 3), expected)
+
+
+@given(
+    M=SIZES, N=SIZES, K=SIZES, seed=st.integers(0, 2**32 - 1), each=st.booleans(), has_bias=st.booleans(),
+    relu=st.booleans(), rounds=st.booleans(),
+)  # fmt: skip
+def test_the_operation_gives_the_same_bits(
+    M: int, N: int, K: int, seed: int, each: bool, has_bias: bool, relu: bool, rounds: bool
+) -> None:
+    random = np.random.default_rng(seed)
+    a, weight = bytes_of(random, M, K), bytes_of(random, N, K)
+    scale = np.asarray(random.uniform(0.001, 0.1, M if each else ()), "float32")
+    zero = random.integers(-128, 128, M if each else (), dtype=np.int32)
+    bias = random.normal(size=N).astype("float32") if has_bias else None
+    out = (np.asarray(0.7, "float32"), np.asarray(-9, "int32")) if rounds else (None, None)
+    inputs = a, scale, np.asarray(zero), weight, random.uniform(0.001, 0.1, N).astype("float32"), bias, *out
+    ours, theirs = quantized.int8_linear(XP, *inputs, relu=relu), operation.function(XP, *inputs, relu=relu)
+    assert ours.dtype == theirs.dtype == (np.int8 if rounds else np.float32)
+    np.testing.assert_array_equal(ours, theirs)
 
 
 @pytest.mark.parametrize("value", [-128, -127, 127])
@@ -78,7 +105,7 @@ def test_the_longest_sums(value: int, other: int) -> None:
     K = 2**17 - 1
     a, weight = np.full((2, K), value, np.int8), np.full((3, K), other, np.int8)
     assert (int8_matmul(XP, a, pack(weight)) == value * other * K).all()
-    near(int8_linear(XP, a, 1.0, pack(weight), 1.0, None, value), np.zeros((2, 3)))
+    near(int8_linear(a, 1.0, weight, 1.0, None, value), np.zeros((2, 3)))
 
 
 def test_more_rows_than_a_strip_has(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -90,7 +117,7 @@ def test_more_rows_than_a_strip_has(monkeypatch: pytest.MonkeyPatch) -> None:
         for parts in (1, 2, 3, 7):
             monkeypatch.setattr(quantized, "cores", lambda parts=parts: parts)
             np.testing.assert_array_equal(int8_matmul(XP, a, pack(weight)), expected)
-            near(int8_linear(XP, a, scale, pack(weight), 2.0, None, zero), linear(a, scale, weight, 2.0, None, zero))
+            near(int8_linear(a, scale, weight, 2.0, None, zero), linear(a, scale, weight, 2.0, None, zero))
 
 
 def test_threads_change_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -101,7 +128,7 @@ def test_threads_change_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
     for parts, chosen in ((1, 0), (3, 0), (3, 1), (3, 1)):
         monkeypatch.setattr(quantized, "cores", lambda parts=parts: parts)
         monkeypatch.setattr(quantized, "run", lambda s, p, work, *x, chosen=chosen: (s, p)[chosen](*x))
-        results.append(int8_linear(XP, a, scales[0], pack(weight), scales[1]))
+        results.append(int8_linear(a, scales[0], weight, scales[1]))
     near(results[0], linear(a, scales[0], weight, scales[1]))
     for other in results[1:]:
         np.testing.assert_array_equal(results[0], other)
@@ -118,12 +145,12 @@ def test_any_layout() -> None:
             np.testing.assert_array_equal(int8_matmul(XP, x, pack(w)), product(a, weight))
     same = np.broadcast_to(a[:1], (30, 20))
     scale = np.broadcast_to(np.float32(0.5), 30)
-    near(int8_linear(XP, same, scale, pack(weight), 1.0), linear(same, scale, weight, 1.0))
+    near(int8_linear(same, scale, weight, 1.0), linear(same, scale, weight, 1.0))
 
 
 def test_scales_that_are_not_finite_show() -> None:
     ones = np.ones((2, 3), np.int8)
-    out = int8_linear(XP, ones, np.array([np.nan, 1], "float32"), pack(ones), np.array([np.inf, 1], "float32"))
+    out = int8_linear(ones, np.array([np.nan, 1], "float32"), ones, np.array([np.inf, 1], "float32"))
     np.testing.assert_array_equal(out, [[np.nan, np.nan], [np.inf, 3]])
 
 
@@ -145,15 +172,19 @@ def test_nothing_is_touched_outside_of_the_arrays(end: bool) -> None:
                 zero = guarded(random.integers(-9, 9, M, dtype=np.int32), end)
                 for scaled in (False, True):
                     for parts in (1, 2):
-                        out = guarded_empty((M, N), np.int32, end)
-                        quantized.matmul_serial(
-                            parts, a, packed.panels, packed.sums, packed.starts, zero, scaled, a_scale, weight_scale,
-                            bias, out,
-                        )  # fmt: skip
-                        if scaled:
-                            near(out.view(np.float32), linear(a, a_scale, weight, weight_scale, bias, zero))
-                        else:
-                            np.testing.assert_array_equal(out, product(a, weight))
+                        for rounding in ((), (0.5, 3)) if scaled else ((),):
+                            out = guarded_empty((M, N if rounding else 4 * N), np.int8, end)
+                            quantized.matmul_serial(
+                                parts, a, packed.panels, packed.sums, packed.starts, zero, scaled, a_scale,
+                                weight_scale, bias, np.float32(-np.inf), np.array(rounding, "float32"), N, out,
+                            )  # fmt: skip
+                            expected = linear(a, a_scale, weight, weight_scale, bias, zero)
+                            if rounding:
+                                assert np.abs(out - np.clip(np.rint(0.5 * expected) + 3, -128, 127)).max(initial=0) < 2
+                            elif scaled:
+                                near(out.view(np.float32), expected)
+                            else:
+                                np.testing.assert_array_equal(out.view(np.int32), product(a, weight))
 
 
 @pytest.mark.parametrize("end", [True, False])
@@ -186,8 +217,8 @@ def test_errors_say_what_would_be_right() -> None:
         with pytest.raises(ValueError, match=r"int8_matmul: expected int8 \(M, 3\) for a weight \(4, 3\)"):
             int8_matmul(XP, wrong, pack(weight))
     with pytest.raises(ValueError, match=r"int8_linear: bias has shape \(3,\), expected one number or \(4,\)"):
-        int8_linear(XP, a, 1.0, pack(weight), 1.0, np.ones(3, "float32"))
-    with pytest.raises(ValueError, match=r"a_scale has shape \(4,\), expected one number or \(2,\)"):
-        int8_linear(XP, a, np.ones(4, "float32"), pack(weight), 1.0)
-    with pytest.raises(ValueError, match=r"a_zero_point has shape \(0,\)"):
-        int8_linear(XP, a, 1.0, pack(weight), 1.0, None, np.ones(0, "int32"))
+        int8_linear(a, 1.0, weight, 1.0, np.ones(3, "float32"))
+    with pytest.raises(ValueError, match=r"x_scale has shape \(4,\), expected one number or \(2,\)"):
+        int8_linear(a, np.ones(4, "float32"), weight, 1.0)
+    with pytest.raises(ValueError, match=r"x_zero_point has shape \(0,\)"):
+        int8_linear(a, 1.0, weight, 1.0, None, np.ones(0, "int32"))

@@ -2362,3 +2362,197 @@ row(
     bad=[bad(lambda: F.rms_norm(t.ones(2, 3), (4,)), ValueError, r"rms_norm: expected floats whose last axes are")],
     loose=5,
 )
+
+
+# -- quantization ------------------------------------------------------------------------------------------------------
+
+
+def along(values: Any, x: np.ndarray, dim: int | None) -> Any:
+    return values if dim is None else np.reshape(values, [-1 if d == dim % x.ndim else 1 for d in range(x.ndim)])
+
+
+def numpy_quantize(
+    x: np.ndarray, scale: Any, zero: Any, *, dim: int | None = None, low: int = -128, high: int = 127
+) -> np.ndarray:
+    return np.clip(np.rint(x / along(scale, x, dim)) + along(zero, x, dim), low, high)
+
+
+def numpy_dequantize(q: np.ndarray, scale: Any, zero: Any, *, dim: int | None = None) -> np.ndarray:
+    return along(scale, q, dim) * (q - along(np.asarray(zero, "float64"), q, dim))
+
+
+def numpy_choose_scale(low: np.ndarray, high: np.ndarray, *, symmetric: bool = False) -> tuple:
+    low, high = np.minimum(low, 0), np.maximum(high, 0)
+    if symmetric:
+        return np.maximum(np.maximum(-low, high) / 127, 2.0**-23), np.zeros(low.shape)
+    scale = np.maximum((high - low) / 255, 2.0**-23)
+    return scale, np.clip(-128 - np.rint(low / scale), -128, 127)
+
+
+def steps(rng: Generator) -> Iterator[Case]:
+    zeros = rng.integers(-20, 20, 3).astype("int32")
+    yield case(normal(rng, (2, 5)), np.array(0.03), np.array(5, "int32"))
+    yield case(normal(rng, (3, 2)), np.abs(normal(rng, (3,))) / 30, zeros, dim=0)
+    yield case(normal(rng, (2, 3, 2)) * 9, np.abs(normal(rng, (3,))) / 30, zeros, dim=-2, low=-7, high=8)
+    yield case(normal(rng, (0, 3)), np.array(0.5), np.array(0, "int32"))
+
+
+def bytes_of(rng: Generator, *shape: int) -> np.ndarray:
+    return rng.integers(-128, 128, shape).astype("int8")
+
+
+def whole_steps(rng: Generator) -> Iterator[Case]:
+    for inputs, attributes in steps(rng):
+        kept = {"dim": attributes["dim"]} if "dim" in attributes else {}
+        yield case(bytes_of(rng, *inputs[0].shape), *inputs[1:], **kept)
+
+
+QUANTIZE, CHOOSE = Op.registry["quantize"], Op.registry["choose_scale"]
+row(
+    "choose_scale",
+    lambda low, high, **options: (lambda scale, zero: (scale, zero.to(scale.dtype)))(*CHOOSE(low, high, **options)),
+    numpy_choose_scale,
+    lambda rng: iter(
+        case(normal(rng, (4,)) - shift, normal(rng, (4,)) + shift, symmetric=symmetric)
+        for shift in (0, 3)
+        for symmetric in (False, True)
+    ),
+    (),
+)
+row("quantize", QUANTIZE, numpy_quantize, steps, (), "int8", bad=[
+    bad(lambda: QUANTIZE(t.ones(2, 3), t.ones(2), t.zeros(2)), ValueError, r"got dim=None and the shape \(2,\)"),
+    bad(lambda: QUANTIZE(t.ones(2, 3), t.ones(2, 1), 0, dim=0), ValueError, r"got dim=0 and the shape \(2, 1\)"),
+])  # fmt: skip
+row("dequantize", Op.registry["dequantize"], numpy_dequantize, whole_steps, ())
+row(
+    "fake_quantize",  # its rule is not the slope of a staircase: tests/reference has its gradient
+    Op.registry["fake_quantize"],
+    lambda x, scale, zero, dim=None, **ends: numpy_dequantize(
+        numpy_quantize(x, scale, zero, dim=dim, **ends), scale, zero, dim=dim
+    ),
+    steps,
+    (),
+)
+row(
+    "in_range",
+    Op.registry["in_range"],
+    lambda x, scale, zero, dim=None, low=-128, high=127: (
+        np.abs(numpy_quantize(x, scale, zero, dim=dim, low=-1e9, high=1e9) - (low + high) / 2) <= (high - low) / 2
+    ),
+    steps,
+    (),
+)
+
+
+def numpy_rows(x: np.ndarray) -> tuple:
+    scale = np.max(np.abs(x), axis=-1, initial=0) / 127
+    return np.rint(x / np.where(scale == 0, 1, scale)[..., None]), scale
+
+
+row(
+    "quantize_rows",
+    lambda x: (lambda q, scale: (q.to(scale.dtype), scale))(*Op.registry["quantize_rows"](x)),
+    numpy_rows,
+    lambda rng: iter([case(normal(rng, (3, 4))), case(normal(rng, (2, 1, 5)) * 0), case(normal(rng, (6,)))]),
+    (),
+)
+
+
+def numpy_finish(sums: np.ndarray, factor: Any, bias: Any, relu: bool, scale: Any, zero: Any) -> np.ndarray:
+    out = sums * factor + (0 if bias is None else bias)
+    out = np.maximum(out, 0) if relu else out
+    return out if scale is None else numpy_quantize(out, scale, zero)
+
+
+def numpy_int8_linear(
+    x: Any, x_scale: Any, zero: Any, weight: Any, scales: Any, bias: Any = None, scale: Any = None, z: Any = None,
+    relu: bool = False,
+) -> np.ndarray:  # fmt: skip
+    x_scale, zero = np.asarray(x_scale)[..., None], np.asarray(zero, "float64")[..., None]
+    return numpy_finish((x - zero) @ weight.T.astype("float64"), x_scale * scales, bias, relu, scale, z)
+
+
+def numpy_int8_convolution(
+    x: Any, x_scale: Any, zero: Any, weight: Any, scales: Any, bias: Any = None, scale: Any = None, z: Any = None,
+    relu: bool = False, **geometry: Any,
+) -> np.ndarray:  # fmt: skip
+    sums = numpy_conv2d(x - np.float64(zero), weight.astype("float64"), **geometry)
+    column = lambda values: None if values is None else np.reshape(values, (-1, 1, 1))
+    return numpy_finish(sums, x_scale * column(scales), column(bias), relu, scale, z)
+
+
+def int8_layers(rng: Generator) -> Iterator[Case]:
+    one, zero, scales = np.array(0.02), np.array(3, "int32"), np.abs(normal(rng, (4,)))
+    out = np.array(3.0), np.array(-5, "int32")
+    yield case(bytes_of(rng, 2, 3), one, zero, bytes_of(rng, 4, 3), scales)
+    yield case(bytes_of(rng, 3), one, zero, bytes_of(rng, 4, 3), scales, normal(rng, (4,)), relu=True)
+    yield case(bytes_of(rng, 2, 3), one, zero, bytes_of(rng, 4, 3), scales, normal(rng, (4,)), *out, relu=True)
+    rows = np.abs(normal(rng, (2, 5))), rng.integers(-9, 9, (2, 5)).astype("int32")
+    yield case(bytes_of(rng, 2, 5, 3), *rows, bytes_of(rng, 4, 3), scales, None, *out)
+
+
+def int8_pictures(rng: Generator) -> Iterator[Case]:
+    one, zero, scales = np.array(0.02), np.array(3, "int32"), np.abs(normal(rng, (4,)))
+    for shape, size, groups, geometry in CONVOLUTIONS:
+        if groups == 1:
+            x, weight, few = bytes_of(rng, *shape), bytes_of(rng, *size), scales[: size[0]]
+            yield case(x, one, zero, weight, few, **geometry)
+            bias = normal(rng, few.shape)
+            yield case(x, one, zero, weight, few, bias, np.array(3.0), zero, relu=True, **geometry)
+
+
+def as_floats(call: Callable) -> Callable:
+    """The operation, with what it rounds as floats."""
+    return lambda *inputs, **options: call(*inputs, **options).to(inputs[4].dtype)
+
+
+def raw_int8_convolution(
+    x: Any, x_scale: Any, zero: Any, weight: Any, *others: Any, relu: bool = False, **geometry: Any
+) -> Any:
+    windows = raw_windows(x.shape, weight.shape[2:], **geometry)
+    return Op.registry["int8_convolution"](x, x_scale, zero, weight, *others, windows=windows, relu=relu)
+
+
+INT8_LINEAR = Op.registry["int8_linear"]
+
+
+def int8_call(x: t.Tensor, features: int) -> Any:
+    return INT8_LINEAR(x, t.tensor(1.0), 0, t.ones(4, features, dtype="int8"), t.ones(4))
+
+
+row("int8_linear", as_floats(INT8_LINEAR), numpy_int8_linear, int8_layers, (), loose=10, bad=[
+    bad(lambda: int8_call(t.ones(2, 3, dtype="int8"), 2), ValueError, "input has 3 features, but the weight takes 2"),
+    bad(lambda: int8_call(t.ones(2, 2), 2), TypeError, r"expected int8, got float32; quantize\("),
+])  # fmt: skip
+row("int8_convolution", as_floats(raw_int8_convolution), numpy_int8_convolution, int8_pictures, (), loose=10)
+
+
+def numpy_unpack(packed: np.ndarray, scale: np.ndarray) -> np.ndarray:
+    halves = np.stack([packed % 16, packed // 16], -1).reshape(len(packed), -1).astype("float64") - 8
+    return halves * np.repeat(scale, halves.shape[1] // scale.shape[1], 1)
+
+
+def halves(rng: Generator) -> Iterator[Case]:
+    for groups, half in ((1, 3), (2, 4)):
+        yield case(rng.integers(0, 256, (3, half)).astype("uint8"), normal(rng, (3, groups)))
+
+
+row("unpack_int4", Op.registry["unpack_int4"], numpy_unpack, halves, ())
+row(
+    "int4_linear",
+    Op.registry["int4_linear"],
+    lambda x, weight, scale, bias=None: x @ numpy_unpack(weight, scale).T + (0 if bias is None else bias),
+    lambda rng: (
+        case(normal(rng, shape), *inputs, *others)
+        for (inputs, _), shape, others in zip(halves(rng), ((2, 6), (2, 2, 8)), ((), (normal(rng, (3,)),)), strict=True)
+    ),
+    (0,),
+    bad=[
+        bad(
+            lambda: Op.registry["int4_linear"](t.ones(2, 5), t.ones(3, 3, dtype="uint8"), t.ones(3, 1)),
+            ValueError,
+            "int4_linear: input has 5 features, but the weight takes 6",
+        )
+    ],
+    loose=10,
+)
