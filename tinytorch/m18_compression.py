@@ -47,7 +47,7 @@ from tinytorch.m05_losses import cross_entropy, kl_div
 from tinytorch.m06_autograd import no_grad
 from tinytorch.m07_optimizers import SGD
 from tinytorch.m08_training import Callback, Trainer, accuracy, evaluating
-from tinytorch.m09_spatial import BatchNorm, BatchNorm2d, Conv2d, SimpleCNN, count_flops
+from tinytorch.m09_spatial import BatchNorm, BatchNorm2d, Conv2d, SimpleCNN, count_flops, count_parameters
 from tinytorch.m09_spatial_appendix import Conv1d
 from tinytorch.m16_acceleration import reference_kernels
 
@@ -57,9 +57,9 @@ from tinytorch.m16_acceleration import reference_kernels
 # A trained network has more weights than it needs. What can be taken away depends on what is counted.
 #
 # **Sparsity.** A mask $m$ of zeros and ones makes $w = v \odot m$ of the weights $v$ that are learned; its *sparsity*
-# is the share of zeros. The gradient is $\partial L / \partial v = m \odot \partial L / \partial w$: what is masked rests.
-# Which weights go? Those of the smallest magnitude, for they change the sum the least (Han and others, 2015). A network
-# that may recover in between loses more of them: from step $t_0$ to $t_1$ the sparsity rises from $s_0$ to $s_1$ as
+# is the share of zeros. The gradient is $\partial L / \partial v = m \odot \partial L / \partial w$: what is masked
+# rests. Which weights go? Those of the smallest magnitude, which change the sum the least (Han and others, 2015). A
+# network that may recover in between can lose more: from step $t_0$ to $t_1$ the sparsity rises from $s_0$ to $s_1$ as
 #
 # $$s_t = s_1 + (s_0 - s_1) \left(1 - \frac{t - t_0}{t_1 - t_0}\right)^3,$$
 #
@@ -509,6 +509,19 @@ def rank_of_energy(singular_values: Sequence[float], energy: float) -> int:
     return len(squares)
 
 
+def thin_layers(layer: Any, rank: int) -> Sequential:
+    """Two new layers in a row that have a Linear's or Conv2d's inputs and outputs, and `rank` features in between."""
+    options: dict[str, Any] = {"device": layer.weight.device, "dtype": layer.weight.dtype}
+    bias = layer.bias is not None
+    if isinstance(layer, Linear):
+        first = Linear(layer.in_features, rank, bias=False, **options)
+        return Sequential(first, Linear(rank, layer.out_features, bias, **options))
+    geometry = layer.kernel_size, layer.stride, layer.padding, layer.dilation
+    options["padding_mode"] = layer.padding_mode
+    first = Conv2d(layer.in_channels, rank, *geometry, bias=False, **options)
+    return Sequential(first, Conv2d(rank, layer.out_channels, 1, bias=bias, **options))
+
+
 def factorized(layer: Any, rank: int | None = None, energy: float | None = None) -> Sequential:
     """Two layers in a row that do a Linear's or a Conv2d's work by its weight's nearest matrix of low rank.
 
@@ -522,23 +535,15 @@ def factorized(layer: Any, rank: int | None = None, energy: float | None = None)
     weight, host = layer.weight, get_backend("cpu")  # the standard's SVD is optional, NumPy's is there
     rows = host.astype(backend_of(weight.data).to_numpy(weight.data), host.float64).reshape(weight.shape[0], -1)
     left, values, right = host.linalg.svd(rows, full_matrices=False)
-    rank = rank_of_energy(values.tolist(), energy) if rank is None else rank
-    if not 1 <= rank <= len(values):
+    rank = rank_of_energy(values.tolist(), energy) if energy is not None else rank
+    if rank is None or not 1 <= rank <= len(values):
         raise ValueError(f"factorized: rank must be between 1 and {len(values)}, got {rank}")
-    root = host.sqrt(values[:rank])  # to both factors, so that their weights are of one scale
-    options: dict[str, Any] = {"device": weight.device, "dtype": weight.dtype}
-    if isinstance(layer, Conv2d):
-        geometry = layer.kernel_size, layer.stride, layer.padding, layer.dilation
-        first: Any = Conv2d(layer.in_channels, rank, *geometry, bias=False, padding_mode=layer.padding_mode, **options)
-        second: Any = Conv2d(rank, layer.out_channels, 1, bias=layer.bias is not None, **options)
-    else:
-        first = Linear(layer.in_features, rank, bias=False, **options)
-        second = Linear(rank, layer.out_features, bias=layer.bias is not None, **options)
-    for part, factor in ((first, root[:, None] * right[:rank]), (second, left[:, :rank] * root)):
+    both, root = thin_layers(layer, rank), host.sqrt(values[:rank])  # to both, so that they are of one scale
+    for part, factor in ((both[0], root[:, None] * right[:rank]), (both[1], left[:, :rank] * root)):
         part.load_state_dict({"weight": factor.reshape(part.weight.shape)}, strict=False)
     if layer.bias is not None:
-        overwrite(second.bias, layer.bias.data)
-    return Sequential(first, second)
+        overwrite(both[1].bias, layer.bias.data)
+    return both
 
 
 def test_full_rank_is_the_layer_and_the_error_is_what_was_left_out() -> None:
@@ -746,13 +751,13 @@ def decode(parts: Mapping[str, Any], how: Mapping[str, Any]) -> Any:
     return values.reshape(shape)
 
 
-def plain_state(network: Module) -> dict[str, Tensor]:
-    """A network's state as it would be if nothing in it were masked or shared."""
+def made_plain(network: Module) -> Module:
+    """A copy of a network in which no weight is masked or shared: each is a Parameter with the values that it had."""
     plain = copy.deepcopy(network)
     for module in list(plain.modules()):
         for name in formulas_of(module):
             remove(module, name)
-    return plain.state_dict()
+    return plain
 
 
 def save_compressed(network: Module, path: str | os.PathLike) -> int:
@@ -761,7 +766,7 @@ def save_compressed(network: Module, path: str | os.PathLike) -> int:
     The old file stays, or all is new. A weight of -0.0 in a tensor with many zeros becomes 0.0.
     """
     tensors, hows = {}, {}
-    for name, x in plain_state(network).items():
+    for name, x in made_plain(network).state_dict().items():
         parts, hows[name] = encode(x)
         tensors.update({f"{name}:{part}": value for part, value in parts.items()})
     save_tensors(tensors, path, {"tinytorch.compressed": FORMAT, "tensors": json.dumps(hows)})
@@ -828,11 +833,10 @@ def analyze() -> None:
         with tempfile.TemporaryDirectory() as folder, no_grad():
             size = save_compressed(network, Path(folder, "net.safetensors"))
             taken = seconds(network, x)
-        state = plain_state(network)
-        filled = sum(int((p != 0).sum()) for p in state.values())
-        flops = sum(count_flops(network, x).values())
-        rows.append([name, sum(p.numel() for p in state.values()), filled, flops / 1e6, size, taken * 1e3])
-    print_table(["SimpleCNN, batch 64", "numbers", "not 0", "MFLOP", "bytes on disk", "ms"], rows)
+        plain, flops = made_plain(network), sum(count_flops(network, x).values())
+        filled = sum(int((p != 0).sum()) for p in plain.parameters())
+        rows.append([name, count_parameters(plain), filled, flops / 1e6, size, taken * 1e3])
+    print_table(["SimpleCNN, batch 64", "parameters", "not 0", "MFLOP", "bytes on disk", "ms"], rows)
 
 
 # %% [markdown]
