@@ -18,13 +18,15 @@ import tempfile
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from functools import cache, partial
+from itertools import accumulate
 from pathlib import Path
-from typing import Any
+from types import SimpleNamespace
+from typing import Any, TypeVar
 
 import tinytorch.m16_acceleration_appendix  # noqa: F401 - the kernels, whose speed is measured
 from tinytorch.backends import backend_of, get_backend
 from tinytorch.m01_setup import assert_close, manual_seed, message_of, print_table, run_module, seconds
-from tinytorch.m02_tensor import Tensor, abs, int64, randn, reshape, tensor, where
+from tinytorch.m02_tensor import Tensor, abs, int64, observe, ones, randn, tensor, where
 from tinytorch.m02_tensor import sum as total_of
 from tinytorch.m02_tensor_appendix import (
     any as any_of,
@@ -40,14 +42,14 @@ from tinytorch.m02_tensor_appendix import (
     zeros_like,
 )
 from tinytorch.m03_activations import log_softmax, relu, softmax
-from tinytorch.m04_layers import Flatten, Linear, Module, Parameter, Sequential, overwrite
+from tinytorch.m04_layers import Flatten, Linear, Module, Parameter, Sequential, linear, overwrite
 from tinytorch.m04_layers_appendix import load as load_tensors
 from tinytorch.m04_layers_appendix import save as save_tensors
 from tinytorch.m05_losses import cross_entropy, kl_div
 from tinytorch.m06_autograd import no_grad
 from tinytorch.m07_optimizers import SGD
 from tinytorch.m08_training import Callback, Trainer, accuracy, evaluating
-from tinytorch.m09_spatial import BatchNorm, BatchNorm2d, Conv2d, SimpleCNN, count_flops, count_parameters
+from tinytorch.m09_spatial import BatchNorm, BatchNorm2d, Conv2d, SimpleCNN, convolution, count_flops, count_parameters
 from tinytorch.m09_spatial_appendix import Conv1d
 from tinytorch.m16_acceleration import reference_kernels
 
@@ -95,14 +97,14 @@ from tinytorch.m16_acceleration import reference_kernels
 # tensors stand in the layer's state under their own names.
 
 # %%
-Formula = Callable[[Any, str], Tensor]
+Net = TypeVar("Net", bound=Module)
+Formula = Callable[..., Tensor]  # of a layer, and the name of what is computed
 
 
 @cache
 def computing(kind: type[Module], formulas: tuple[tuple[str, Formula], ...]) -> type[Module]:
     """A subclass of a layer's class in which some attributes are computed from others: name = formula(layer, name)."""
-    values = {name: property(partial(lambda formula, name, layer: formula(layer, name), formula, name))
-              for name, formula in formulas}  # fmt: skip
+    values = {name: property(partial(formula, name=name)) for name, formula in formulas}
     return type(kind.__name__, (kind,), {"plain": kind, "formulas": dict(formulas), **values})
 
 
@@ -113,7 +115,7 @@ def formulas_of(layer: Module) -> dict[str, Formula]:
 
 def set_formulas(layer: Module, formulas: Mapping[str, Formula]) -> None:
     """Have a layer compute these attributes, and no others."""
-    kind = getattr(type(layer), "plain", type(layer))
+    kind: Any = getattr(type(layer), "plain", type(layer))
     layer.__class__ = computing(kind, tuple(formulas.items())) if formulas else kind
 
 
@@ -274,12 +276,11 @@ class GradualPruning(Callback):
 
 def test_sparsity_rises_quickly_and_then_slowly() -> None:
     assert_close([cubic_sparsity(t, 10, 20, 0.8) for t in (0, 10, 15, 20, 99)], [0, 0, 0.7, 0.8, 0.8])
-    manual_seed(0)
-    net, seen = Sequential(Linear(8, 16), relu, Linear(16, 2)), []
-    pruning = GradualPruning(weights_of(net), 0.75, begin=2, end=6, every=2, initial=0.25)
-    look = type("Look", (Callback,), {"on_step_end": lambda _, t: seen.append(int(net[0].weight_mask.sum()) / 128)})()
-    trainer = Trainer(net, SGD(net.parameters(), lr=0.1), cross_entropy, callbacks=[pruning, look])
-    trainer.fit([(randn(4, 8), randint(2, (4,)))] * 7, 1)
+    layer, seen = Linear(16, 8), []
+    pruning = GradualPruning([(layer, "weight")], 0.75, begin=2, end=6, every=2, initial=0.25)
+    for step in range(1, 8):
+        pruning.on_step_end(SimpleNamespace(step=step))  # type: ignore[arg-type]
+        seen.append(int(layer.weight_mask.sum()) / 128)
     assert seen == [1, 0.75, 0.75, 0.3125, 0.3125, 0.25, 0.25]  # 0.6875 of zeros half way
 
 
@@ -288,8 +289,8 @@ def test_sparsity_rises_quickly_and_then_slowly() -> None:
 # Zeros in a weight are still multiplied with. To be rid of the work, a channel must go, and with it whatever reads it.
 # Who does? In a list of layers one can see it; in a network whose `forward` is any program, we ask the program. Let
 # each layer's output be zeros, except for one layer, where example c of a batch has nan in channel c. Nan goes through
-# activations, norms, pooling and flattening, and nothing else takes it away: where it is found in a layer's input, that
-# feature is made of channel c. One call finds all readers of a layer.
+# activations, norms, pooling and flattening: where it is found in a layer's input, that feature is made of channel c.
+# One call finds all readers of a layer. An observer leaves out the products, which nobody needs.
 
 # %%
 SIZES: dict[type[Module], tuple[str, str]] = {  # the attributes that hold the number of inputs, and of outputs
@@ -304,23 +305,26 @@ def sizes_of(layer: Module) -> tuple[str, str] | None:
     return SIZES.get(type(layer)) if getattr(layer, "groups", 1) == 1 else None
 
 
-def features_with_nan(layer: Module, x: Tensor) -> Tensor:
-    """(N, features) of a layer's input or output, True where there is nan; a Linear's lie last, others second."""
+def features_with_nan(layer: Module, x: Tensor, count: int) -> Tensor:
+    """(count, features) of a layer's input, True where there is nan. All, where its rows are not `count` examples."""
     axis = x.ndim - 1 if isinstance(layer, Linear) else 1
+    if x.shape[0] != count:
+        return ones(count, x.shape[axis], device=x.device) > 0
     return any_of(isnan(x), dim=tuple(d for d in range(1, x.ndim) if d != axis)) if x.ndim > 2 else isnan(x)
 
 
-def with_marks(layer: Module, output: Tensor) -> Tensor:
-    """Zeros of an output's shape, with nan in channel c of example c."""
-    axis, channels = output.ndim - 1 if isinstance(layer, Linear) else 1, output.shape[0]
-    shape = [channels if d in (0, axis) else 1 for d in range(output.ndim)]
-    marks = where(eye(channels, device=output.device) > 0, math.nan, 0.0)
-    return zeros_like(output) + marks.to(output.dtype).reshape(shape)
+def with_marks(layer: Module, output: Tensor, count: int) -> Tensor:
+    """Zeros of an output's shape, with nan in channel c of example c. Only nan, where its rows are not the examples."""
+    if output.shape[0] != count:
+        return output * math.nan
+    axis = output.ndim - 1 if isinstance(layer, Linear) else 1
+    marks = where(eye(count, device=output.device) > 0, math.nan, 0.0).to(output.dtype)
+    return zeros_like(output) + marks.reshape([count if d in (0, axis) else 1 for d in range(output.ndim)])
 
 
 @no_grad
 @reference_kernels()
-def follow(network: Module, source: Module | None, example: Tensor) -> dict[Module, Tensor]:
+def follow(network: Module, source: Module | None, example: Tensor) -> dict[Module | None, Tensor]:
     """Where the output channels of a layer are read: (channels, features) of booleans for each layer with parameters.
 
     Args:
@@ -328,32 +332,39 @@ def follow(network: Module, source: Module | None, example: Tensor) -> dict[Modu
         example: an input of the network, of which the first row is used.
 
     Returns:
-        Under the network itself, what reaches its output.
+        Under None, whether the network's output, one tensor, is reached.
     """
     count = 1 if source is None else getattr(source, SIZES[type(source)][1])
     x = example[:1].expand(count, *example.shape[1:])
     if source is None and x.dtype.is_floating_point:
         x = x * math.nan
-    seen: dict[Module, Tensor] = {}
+    seen: dict[Module | None, Tensor] = {}
+    weights = {id(m.weight.data) for m in network.modules() if sizes_of(m)}
 
     def look(layer: Module, inputs: tuple, output: Tensor) -> Tensor | None:
-        marks = features_with_nan(layer, inputs[0])
+        marks = features_with_nan(layer, inputs[0], count)
         seen[layer] = marks | seen[layer] if layer in seen else marks
         if layer is source:
-            return with_marks(layer, output)
-        if sizes_of(layer) is not None:
-            return zeros_like(output)
-        return output * math.nan if source is None and not isinstance(layer, BatchNorm) else None
+            return with_marks(layer, output, count)
+        inside = isinstance(layer, BatchNorm) or sizes_of(layer)
+        return None if source is not None or inside else output * math.nan
+
+    def zeros_for_products(operation: Any, arrays: list, attributes: dict, proceed: Callable) -> Any:
+        if operation not in (linear, convolution) or id(arrays[1]) not in weights:
+            return proceed()
+        x, rows = arrays[0], arrays[1].shape[0]
+        shape = (*x.shape[:-1], rows) if operation is linear else (len(x), rows, *attributes["windows"].count)
+        return backend_of(x).zeros(shape, dtype=x.dtype)
 
     parts = [m for m in network.modules() if isinstance(m, BatchNorm) or [*m.parameters(recurse=False)]]
     handles = [layer.register_forward_hook(look) for layer in parts]
     try:
-        with evaluating(network):
+        with evaluating(network), observe(zeros_for_products):
             output = network(x)
     finally:
         for handle in handles:
             handle.remove()
-    return {**seen, network: reshape(isnan(output), shape=(count, -1))}
+    return {**seen, None: any_of(isnan(output))}
 
 
 def test_marks_are_found_where_a_channel_is_read() -> None:
@@ -378,20 +389,20 @@ def free_channels(network: Module, example: Tensor) -> dict[Module, dict[Module,
     uses = Counter(id(p) for m in network.modules() for p in m.parameters(recurse=False))
     free: dict[Module, dict[Module, Tensor]] = {}
     for layer in layers:
-        reached = {m: marks for m, marks in found[layer].items() if marks.any()}
-        touched = [*reached, layer]
-        if all(sizes_of(m) or isinstance(m, BatchNorm) for m in reached) and network not in reached and reached:
-            alone = all(_own(marks, [found[s].get(m) for s in found if s is not layer]) for m, marks in reached.items())
-            if alone and all(uses[id(p)] == 1 for m in touched for p in m.parameters(recurse=False)):
-                free[layer] = reached
+        readers = {m: marks for m, marks in found[layer].items() if marks.any()}
+        others = [found[source] for source in found if source is not layer]
+        alone = all(own_features(marks, [other[m] for other in others if m in other]) for m, marks in readers.items())
+        known = [m for m in [layer, *readers] if m is not None and (sizes_of(m) or isinstance(m, BatchNorm))]
+        single = all(uses[id(p)] == 1 for m in known for p in m.parameters(recurse=False))
+        if readers and len(known) == 1 + len(readers) and alone and single:
+            free[layer] = {m: marks for m, marks in readers.items() if m is not None}
     return free
 
 
-def _own(marks: Tensor, others: Sequence[Tensor | None]) -> bool:
-    """Whether no feature is reached by two channels, or by one and another layer."""
+def own_features(marks: Tensor, others: Sequence[Tensor]) -> bool:
+    """Whether no feature is reached by two channels of a layer, or by one and from elsewhere."""
     counts = total_of(marks.to(int64), dim=0)
-    elsewhere = [any_of(other, dim=0) for other in others if other is not None]
-    return int(counts.max()) <= 1 and not any((elsewhere_ & (counts > 0)).any() for elsewhere_ in elsewhere)
+    return int(counts.max()) <= 1 and not any((any_of(other, dim=0) & (counts > 0)).any() for other in others)
 
 
 # %% [markdown]
@@ -430,18 +441,17 @@ def keep(layer: Any, names: Sequence[str], flags: Tensor, axis: int) -> int:
 
 def resize(layer: Any, outputs: Tensor | None, inputs: Tensor | None) -> None:
     """Have a layer keep the output channels and the input features that have a True; None keeps all."""
-    if isinstance(layer, BatchNorm):
-        layer.num_features = keep(layer, ("weight", "bias", "running_mean", "running_var"), inputs, 0)
-        return
-    names = SIZES[type(layer)]
+    in_name, out_name = SIZES.get(type(layer), ("", ""))
     if outputs is not None:
-        setattr(layer, names[1], keep(layer, ("weight", "bias"), outputs, 0))
-    if inputs is not None:
-        setattr(layer, names[0], keep(layer, ("weight",), inputs, 1))
+        setattr(layer, out_name, keep(layer, ("weight", "bias"), outputs, 0))
+    if inputs is not None and isinstance(layer, BatchNorm):
+        layer.num_features = keep(layer, ("weight", "bias", "running_mean", "running_var"), inputs, 0)
+    elif inputs is not None:
+        setattr(layer, in_name, keep(layer, ("weight",), inputs, 1))
 
 
 @no_grad
-def prune_channels(network: Module, example: Tensor, amount: float | Mapping[str, float], by: str = "l1") -> Module:
+def prune_channels(network: Net, example: Tensor, amount: float | Mapping[str, float], by: str = "l1") -> Net:
     """A smaller copy of a network, without its layers' least important channels. One channel a layer stays always.
 
     Args:
@@ -480,7 +490,7 @@ def prune_channels(network: Module, example: Tensor, amount: float | Mapping[str
 
 
 def test_a_network_without_its_silent_channels_says_the_same() -> None:
-    net, x = SimpleCNN(3, 10, 8, widths=(8, 8), hidden=12).eval(), randn(4, 3, 8, 8)
+    net, x = SimpleCNN(3, 10, 8, widths=(8, 8), hidden=12), randn(4, 3, 8, 8)
     for p in (*net[0].parameters(), *net[3].parameters(), *net[7].parameters()):
         p.data[::2] = 0.0
     smaller = prune_channels(net, x, 0.5)
@@ -500,26 +510,21 @@ def rank_of_energy(singular_values: Sequence[float], energy: float) -> int:
     """The lowest rank at which the squares of the singular values, largest first, add up to this share of all."""
     if not 0 < energy <= 1:
         raise ValueError(f"factorized: energy is a share above 0 and at most 1, got {energy}")
-    squares = [value * value for value in singular_values]
-    wanted, total = energy * math.fsum(squares), 0.0
-    for rank, square in enumerate(squares, 1):
-        total += square
-        if total >= wanted:
-            return rank
-    return len(squares)
+    totals = list(accumulate(value * value for value in singular_values))
+    return 1 + sum(total < energy * totals[-1] for total in totals)
 
 
 def thin_layers(layer: Any, rank: int) -> Sequential:
     """Two new layers in a row that have a Linear's or Conv2d's inputs and outputs, and `rank` features in between."""
     options: dict[str, Any] = {"device": layer.weight.device, "dtype": layer.weight.dtype}
-    bias = layer.bias is not None
+    first: Module
     if isinstance(layer, Linear):
         first = Linear(layer.in_features, rank, bias=False, **options)
-        return Sequential(first, Linear(rank, layer.out_features, bias, **options))
+        return Sequential(first, Linear(rank, layer.out_features, layer.bias is not None, **options))
+    options |= {"padding_mode": layer.padding_mode}
     geometry = layer.kernel_size, layer.stride, layer.padding, layer.dilation
-    options["padding_mode"] = layer.padding_mode
     first = Conv2d(layer.in_channels, rank, *geometry, bias=False, **options)
-    return Sequential(first, Conv2d(rank, layer.out_channels, 1, bias=bias, **options))
+    return Sequential(first, Conv2d(rank, layer.out_channels, 1, bias=layer.bias is not None, **options))
 
 
 def factorized(layer: Any, rank: int | None = None, energy: float | None = None) -> Sequential:
@@ -751,7 +756,7 @@ def decode(parts: Mapping[str, Any], how: Mapping[str, Any]) -> Any:
     return values.reshape(shape)
 
 
-def made_plain(network: Module) -> Module:
+def made_plain(network: Net) -> Net:
     """A copy of a network in which no weight is masked or shared: each is a Parameter with the values that it had."""
     plain = copy.deepcopy(network)
     for module in list(plain.modules()):
@@ -813,7 +818,8 @@ def test_what_is_read_is_what_was_written_and_small() -> None:
 def analyze() -> None:
     """Measure parameters, non-zeros, FLOPs, bytes on disk and milliseconds of a CNN made smaller in five ways."""
     manual_seed(0)
-    net, x = SimpleCNN(batch_norm=True).eval(), randn(64, 3, 32, 32)
+    net, x = SimpleCNN(batch_norm=True), randn(64, 3, 32, 32)
+    net.eval()
     pruned, both = copy.deepcopy(net), copy.deepcopy(net)
     for network in (pruned, both):
         for layer, name in weights_of(network):

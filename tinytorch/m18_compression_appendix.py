@@ -23,6 +23,7 @@ from tinytorch.m06_autograd import no_grad
 from tinytorch.m09_spatial import BatchNorm, Conv2d, count_flops, count_parameters
 from tinytorch.m18_compression import (
     SIZES,
+    Net,
     custom_from_mask,
     factorized,
     formulas_of,
@@ -149,7 +150,7 @@ def prune_nm(module: Module, name: str = "weight", n: int = 2, m: int = 4) -> Mo
 # -- networks ----------------------------------------------------------------------------------------------------------
 
 
-def factorize(network: Module, energy: float | Mapping[str, float]) -> Module:
+def factorize(network: Net, energy: float | Mapping[str, float]) -> Net:
     """A copy of a network with two thin layers for each Linear and Conv2d that has fewer weights so.
 
     Args:
@@ -171,7 +172,7 @@ def _replace(network: Any, path: str, layer: Module) -> None:
     setattr(network.get_submodule(parent), name, layer)
 
 
-def restore(network: Module, path: str | os.PathLike) -> Module:
+def restore(network: Net, path: str | os.PathLike) -> Net:
     """A copy of a network with what `save_compressed` wrote of it, or of what it had become.
 
     Args:
