@@ -290,7 +290,7 @@ def test_sparsity_rises_quickly_and_then_slowly() -> None:
 # Who does? In a list of layers one can see it; in a network whose `forward` is any program, we ask the program. Let
 # each layer's output be zeros, except for one layer, where example c of a batch has nan in channel c. Nan goes through
 # activations, norms, pooling and flattening: where it is found in a layer's input, that feature is made of channel c.
-# One call finds all readers of a layer. An observer leaves out the products, which nobody needs.
+# One call finds all readers of a layer. An observer leaves out most products, which nobody needs.
 
 # %%
 SIZES: dict[type[Module], tuple[str, str]] = {  # the attributes that hold the number of inputs, and of outputs
@@ -346,8 +346,9 @@ def follow(network: Module, source: Module | None, example: Tensor) -> dict[Modu
         seen[layer] = marks | seen[layer] if layer in seen else marks
         if layer is source:
             return with_marks(layer, output, count)
-        inside = isinstance(layer, BatchNorm) or sizes_of(layer)
-        return None if source is not None or inside else output * math.nan
+        if sizes_of(layer):
+            return zeros_like(output)
+        return output * math.nan if source is None and not isinstance(layer, BatchNorm) else None
 
     def zeros_for_products(operation: Any, arrays: list, attributes: dict, proceed: Callable) -> Any:
         if operation not in (linear, convolution) or id(arrays[1]) not in weights:
@@ -893,10 +894,9 @@ def test_a_compressed_network_still_knows() -> None:
 #    which sparsity on could it be worth it on this machine?
 # 2. A convolution loses half of its input and half of its output channels. What does that do to its weights, its FLOPs,
 #    and the bytes that it reads and writes? Which of the three decides on its time?
-# 3. Where a layer has two readers, what becomes of the choice of channels by the norm of its own weights?
-# 4. Why does a network that was pruned and trained on often do better than one of the small shape trained from scratch?
-#    And how would you find out whether that is so for yours?
-# 5. With temperature to infinity, which loss does distillation become? (Write the softmax as its first-order term.)
+# 3. Does a network that was pruned and trained on do better than one of its shape that is trained from scratch? How
+#    would you find out?
+# 4. With temperature to infinity, which loss does distillation become? (Write the softmax as its first-order term.)
 
 # %% [markdown]
 # ## Summary
