@@ -354,7 +354,7 @@ def follow(network: Module, source: Module | None, example: Tensor) -> dict[Modu
         if operation not in (linear, convolution) or id(arrays[1]) not in weights:
             return proceed()
         x, rows = arrays[0], arrays[1].shape[0]
-        shape = (*x.shape[:-1], rows) if operation is linear else (len(x), rows, *attributes["windows"].count)
+        shape = (*x.shape[:-1], rows) if operation is linear else (x.shape[0], rows, *attributes["windows"].count)
         return backend_of(x).zeros(shape, dtype=x.dtype)
 
     parts = [m for m in network.modules() if isinstance(m, BatchNorm) or [*m.parameters(recurse=False)]]

@@ -48,6 +48,7 @@ from tinytorch.m18_compression import (
     unpack_bits,
     weights_of,
 )
+from tinytorch.m18_compression_appendix import nm_mask
 
 
 def names_of_free(network: Module, example: Tensor) -> list[str]:
@@ -624,3 +625,28 @@ def test_a_failed_write_leaves_the_old_file(tmp_path: Path, monkeypatch: pytest.
     with pytest.raises(OSError, match="no"):
         save_compressed(Linear(8, 8), path)
     assert path.read_bytes() == before
+
+
+# -- other array libraries ---------------------------------------------------------------------------------------------
+
+
+def test_compression_on_every_device(device: str, tmp_path: Path) -> None:
+    manual_seed(8)
+    make = lambda: SimpleCNN(1, 3, 4, widths=(4,), hidden=8, batch_norm=True)
+    teacher, x, labels = make(), randn(4, 1, 4, 4), randint(3, (4,))
+    smaller = prune_channels(teacher, x, 0.5)
+    loss = DistillationLoss(smaller, teacher)
+    trainer = Trainer(smaller, SGD(smaller.parameters(), lr=0.1), loss,
+                      callbacks=[GradualPruning(weights_of(smaller), 0.5, 0, 1)])  # fmt: skip
+    trainer.fit([(x, labels)] * 2, 1)
+    share_weights(smaller[5], bits=2)
+    smaller[7] = factorized(made_plain(smaller[7]), rank=2)
+    expected = smaller.eval()(x)
+    assert expected.device == device
+    save_compressed(smaller, tmp_path / "net.safetensors")
+    again = made_plain(smaller)
+    for p in again.parameters():
+        overwrite(p, 0)
+    again.load_state_dict(load_compressed(tmp_path / "net.safetensors"))
+    assert_close(again(x), expected)
+    assert nm_mask(randn(2, 8)).sum().item() == 8
