@@ -532,8 +532,8 @@ def factorized(layer: Any, rank: int | None = None, energy: float | None = None)
     """Two layers in a row that do a Linear's or a Conv2d's work by its weight's nearest matrix of low rank.
 
     Args:
-        rank: the features between the two; or it is the lowest one that keeps an
-        energy: a share of the sum of the squared singular values.
+        rank: how many features there are between the two.
+        energy: instead, the share of the squared singular values that must be kept; the lowest such rank is taken.
     """
     if sizes_of(layer) is None or isinstance(layer, Conv1d) or (rank is None) == (energy is None):
         raise ValueError(f"factorized: expected a Linear or a Conv2d without groups, and rank or energy; got "
@@ -574,6 +574,8 @@ def test_full_rank_is_the_layer_and_the_error_is_what_was_left_out() -> None:
 def k_means(values: Tensor, count: int, rounds: int = 50) -> Tensor:
     """`count` values at most, ascending, such that each is the mean of the elements of `values` that are nearest it."""
     host = get_backend("cpu")
+    if not values.numel():
+        raise ValueError("k_means: there is no value to begin with")
     ascending = host.sort(host.astype(backend_of(values.data).to_numpy(values.data), host.float64).reshape(-1))
     sums = host.concat([host.zeros(1), host.cumulative_sum(ascending)])
     centres, before = host.linspace(ascending[0], ascending[-1], count), None
@@ -612,15 +614,14 @@ def share_weights(module: Module, name: str = "weight", bits: int = 4) -> Module
     if not 1 <= bits <= 8:
         raise ValueError(f"share_weights: bits must be between 1 and 8, got {bits}")
     formulas = formulas_of(module)
-    if formulas.get(name, masked) is not masked:
-        raise ValueError(f"share_weights: {name!r} of {module!r:.60} is shared already")
     weight, mask = getattr(module, name), vars(module).get(f"{name}_mask")
+    if weight is None or formulas.get(name, masked) is not masked:
+        raise ValueError(f"share_weights: {name!r} of {module!r:.60} is None, or shared already")
     watched, weight = weight.watched, weight.detach()
     codebook = k_means(weight if mask is None else weight[mask > 0], 2**bits)
-    indices = nearest(weight, codebook)
     object.__delattr__(module, name if mask is None else f"{name}_orig")
     module.register_parameter(f"{name}_codebook", Parameter(codebook, watched))
-    module.register_buffer(f"{name}_indices", indices)
+    module.register_buffer(f"{name}_indices", nearest(weight, codebook))
     set_formulas(module, {**formulas, name: shared})
     return module
 
@@ -632,7 +633,7 @@ def test_each_value_is_the_mean_of_those_that_take_it() -> None:
     layer = custom_from_mask(Linear(5, 1, bias=False), "weight", tensor([[1.0, 1.0, 0.0, 1.0, 1.0]]))
     overwrite(layer.weight_orig, tensor([[0.0, 5.0, 9.0, 5.4, 0.2]]).data)
     assert_close(share_weights(layer, bits=1).weight, [[0.1, 5.2, 0, 5.2, 0.1]])
-    (layer(tensor([1.0, 2.0, 3.0, 4.0, 5.0]))).sum().backward()
+    layer(tensor([1.0, 2.0, 3.0, 4.0, 5.0])).sum().backward()
     assert layer.weight_codebook.grad.tolist() == [1 + 5, 2 + 4]
 
 
@@ -673,10 +674,12 @@ class DistillationLoss:
                              f"{alpha}")  # fmt: skip
         self.student, self.teacher, self.temperature, self.alpha, self.loss = student, teacher, temperature, alpha, loss
         self._inputs: Tensor | None = None
-        student.register_forward_hook(self._remember)
 
-    def _remember(self, student: Module, inputs: tuple, output: Tensor) -> None:
-        self._inputs = inputs[0] if student.training else None
+        def remember(module: Module, inputs: tuple, output: Tensor) -> None:
+            if module is student:  # and not a copy, which has the hook too
+                self._inputs = inputs[0] if student.training else None
+
+        student.register_forward_hook(remember)
 
     def __call__(self, outputs: Tensor, targets: Tensor) -> Tensor:
         inputs, self._inputs = self._inputs, None
@@ -746,10 +749,8 @@ def encode(x: Tensor) -> tuple[dict[str, Any], dict[str, Any]]:
 def decode(parts: Mapping[str, Any], how: Mapping[str, Any]) -> Any:
     """The NumPy array that `encode` was given."""
     host, shape = get_backend("cpu"), tuple(how["shape"])
-    if "codebook" in parts:
-        values = parts["codebook"][unpack_bits(parts["indices"], how["bits"], how["count"])]
-    else:
-        values = parts["values"]
+    coded = "codebook" in parts
+    values = parts["codebook"][unpack_bits(parts["indices"], how["bits"], how["count"])] if coded else parts["values"]
     if "kept" in parts:
         out = host.zeros(math.prod(shape), dtype=values.dtype)
         out[unpack_bits(parts["kept"], 1, out.size) > 0] = values
@@ -822,11 +823,9 @@ def analyze() -> None:
     net, x = SimpleCNN(batch_norm=True), randn(64, 3, 32, 32)
     net.eval()
     pruned, both = copy.deepcopy(net), copy.deepcopy(net)
-    for network in (pruned, both):
-        for layer, name in weights_of(network):
-            l1_unstructured(layer, name, 0.9)
-    for layer, name in weights_of(both):
-        share_weights(layer, name, bits=5)
+    for (layer, name), (other, _) in zip(weights_of(pruned), weights_of(both), strict=True):
+        share_weights(l1_unstructured(other, name, 0.9), name, bits=5)
+        l1_unstructured(layer, name, 0.9)
     thin = lambda layer: factorized(layer, energy=0.5) if type(layer) in (Linear, Conv2d) else layer
     networks = {
         "as it is": net,
@@ -852,9 +851,8 @@ def analyze() -> None:
 # `torch.nn.utils.prune` has masks under the names that are used here, and makes the product in a hook before each
 # forward. Its masks, too, make nothing faster. Hardware takes part where zeros have an order: NVIDIA's tensor cores
 # multiply at twice the rate where of four neighbours two are zero (`torch.sparse.to_sparse_semi_structured`; the
-# appendix makes such masks). `torch-pruning` removes channels by a graph of dependencies, residual sums included, whose
-# channels stay here. Left out: second derivatives as scores (Optimal Brain Damage, SparseGPT), Huffman's code behind
-# the codebook, and factors of more than two (Tucker, CP).
+# appendix makes such masks). `torch-pruning` removes channels of residual sums, too, which stay here. Left out: second
+# derivatives as scores (Optimal Brain Damage, SparseGPT), Huffman's code behind the codebook, more than two factors.
 
 # %% [markdown]
 # ## Integration testing

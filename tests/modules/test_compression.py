@@ -129,6 +129,10 @@ def test_what_cannot_be_masked_is_named() -> None:
         custom_from_mask(Linear(4, 4), "weight", ones(4))
     with pytest.raises(ValueError, match="neither masked nor shared"):
         remove(Linear(4, 4), "weight")
+    with pytest.raises(ValueError, match=r"'bias' of Linear.* is None"):
+        share_weights(Linear(4, 4, bias=False), "bias")
+    with pytest.raises(ValueError, match="there is no value"):
+        share_weights(l1_unstructured(Linear(4, 4), "weight", 1.0))
     with pytest.raises(ValueError, match="bits must be between 1 and 8, got 9"):
         share_weights(Linear(4, 4), bits=9)
 
@@ -548,6 +552,16 @@ class Seen(Module):
         return out
 
 
+def test_copies_of_a_student_are_left_alone() -> None:
+    student, teacher, x = Sequential(Linear(3, 2)), Seen(), randn(4, 3)
+    loss = DistillationLoss(student, teacher)
+    out, twin = student(x), copy.deepcopy(student)
+    twin(x + 1)
+    twin.eval()(x + 2)
+    loss(out, randint(2, (4,)))
+    assert teacher.modes[0][2] == x.tolist()
+
+
 def test_the_teacher_gets_the_students_inputs_and_only_answers() -> None:
     student, teacher, x = Sequential(Linear(3, 2)), Seen(), randn(4, 3)
     loss = DistillationLoss(student, teacher, loss=CrossEntropyLoss(label_smoothing=0.1))
@@ -555,6 +569,8 @@ def test_the_teacher_gets_the_students_inputs_and_only_answers() -> None:
     trainer.fit([(x, randint(2, (4,))), (x + 1, randint(2, (4,)))], 1, validation=[(x, randint(2, (4,)))])
     assert teacher.modes == [(False, False, x.tolist()), (False, False, (x + 1).tolist())]  # not for validation
     assert teacher.training
+    student.eval()(x)
+    student.train()
     with pytest.raises(RuntimeError, match="call the student right before its loss"):
         loss(randn(4, 2), randint(2, (4,)))
     for options in ({"temperature": 0}, {"alpha": 1.5}):

@@ -1763,6 +1763,7 @@ COMPRESSION = [
         ("        if not self.student.training:\n            return self.loss(outputs, targets)\n", "",
          "a student is evaluated with its teacher's answers"),
         ("with no_grad(), evaluating(self.teacher):", "with no_grad():", "the teacher answers in training mode"),
+        ("if module is student:", "if True:", "the teacher gets what a copy of the student has seen"),
         ("-flat.size % 8", "flat.size % 8", "bytes are filled up with too many bits"),
         ('parts["kept"], values = pack_bits(host.astype(kept, host.int64), 1), values[kept]',
          'parts["kept"] = pack_bits(host.astype(kept, host.int64), 1)', "zeros are stored among the values"),
