@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 import math
 from pathlib import Path
@@ -219,3 +220,19 @@ def test_the_report_counts_what_is_there(tmp_path: Path) -> None:
     assert lines[2].split()[:3] == ["plain", f"{plain['parameters']:,}", f"{plain['nonzero']:,}"]
     assert (lines[2].split()[-1], lines[5].split()[-1]) == ("50.00%", "–")
     assert len(sparse) == 4
+
+
+def test_flops_bytes_and_latency_fall_where_channels_go_and_not_where_they_are_masked(tmp_path: Path) -> None:
+    """The masked network is planted: as many channels are zeros in it, but none is removed."""
+    manual_seed(6)
+    net, x = SimpleCNN(3, 10, 32, widths=(32, 64), hidden=64, batch_norm=True), randn(32, 3, 32, 32)
+    masked = copy.deepcopy(net)
+    for layer in (masked[0], masked[4], masked[9]):
+        ln_structured(layer, "weight", 0.75, n=1, dim=0)
+    networks = {"whole": net, "narrow": prune_channels(net, x, 0.75), "masked": masked}
+    whole, narrow, zeros = compression_report(networks, x, tmp_path, rounds=15)
+    for what, share in (("parameters", 0.1), ("bytes", 0.1), ("flops", 0.2), ("seconds", 0.75)):
+        assert narrow[what] < share * whole[what], what
+    assert zeros["nonzero"] < 0.3 * whole["nonzero"]
+    assert (zeros["parameters"], zeros["flops"]) == (whole["parameters"], whole["flops"])
+    assert zeros["seconds"] > 0.75 * whole["seconds"]
