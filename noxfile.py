@@ -121,6 +121,13 @@ def bench(session: nox.Session) -> None:
 
 
 @nox.session
+def compression(session: nox.Session) -> None:
+    """What module 18 brings on CIFAR-10: students with and without a teacher, smaller networks. Takes ten minutes."""
+    install(session)
+    session.run("python", "-m", "tinytorch.profiling.compression", *session.posargs)
+
+
+@nox.session
 def milestones(session: nox.Session) -> None:
     """Every milestone program, on the data that needs no download."""
     install(session)

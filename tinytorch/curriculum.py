@@ -311,18 +311,38 @@ MODULES = (
             """,
         },
     ),
+    Module(
+        number=18,
+        name="compression",
+        title="Compression",
+        part="Systems",
+        checkpoint="Make a network smaller, and measure what that costs and what it brings",
+        exports={
+            "compression": """
+                GradualPruning cubic_sparsity weights_of free_channels prune_channels nm_mask prune_nm
+                factorized factorize share_weights DistillationLoss distillation_loss
+                made_plain save=save_compressed load=load_compressed restore compression_report print_report
+            """,
+            "nn.utils.prune": """
+                l1_unstructured random_unstructured ln_structured random_structured global_unstructured
+                custom_from_mask identity is_pruned remove L1Unstructured=magnitudes RandomUnstructured=chances
+            """,
+        },
+    ),
 )
 
 FACES = (
     "",
     "autograd",
     "autograd.functional",
+    "compression",
     "cuda",
     "datasets",
     "nn",
     "nn.functional",
     "nn.init",
     "nn.utils",
+    "nn.utils.prune",
     "optim",
     "optim.lr_scheduler",
     "profiler",
