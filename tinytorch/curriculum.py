@@ -288,6 +288,14 @@ MODULES = (
         checkpoint="Make an operation as fast as the machine allows, and say what the limit is",
         exports={"": "kernels_enabled reference_kernels"},
     ),
+    Module(
+        number=19,
+        name="caching",
+        title="Caching",
+        part="Systems",
+        checkpoint="Write a token in the time of reading one, whatever the text before it",
+        exports={"": "KVCache caching bytes_per_token speculative_generate"},
+    ),
 )
 
 FACES = (

@@ -16,19 +16,22 @@ from contextlib import contextmanager, nullcontext
 from contextvars import ContextVar
 from dataclasses import replace
 from functools import cached_property, partial
+from operator import add
 from typing import Any
 
 from tinytorch.backends import backend_of
 from tinytorch.m01_setup import assert_close, manual_seed, message_of, print_table, run_module, seconds
-from tinytorch.m02_tensor import Tensor, matmul, mean, mul, op, reshape, tensor, transpose, unsqueeze, zeros
+from tinytorch.m02_tensor import Tensor, expand, matmul, mean, mul, op, tensor, unsqueeze, zeros
 from tinytorch.m02_tensor import cat as joined
 from tinytorch.m02_tensor_appendix import Writes, arange, clamp, pad, randint, rsqrt
 from tinytorch.m03_activations import silu
-from tinytorch.m04_layers import Dropout, Linear, normal_
+from tinytorch.m04_layers import Dropout, Linear, linear, normal_
+from tinytorch.m04_layers_appendix import ModuleList
 from tinytorch.m06_autograd import gradient, no_grad
+from tinytorch.m07_optimizers import AdamW
 from tinytorch.m08_training import evaluating
 from tinytorch.m09_spatial import normalize
-from tinytorch.m12_embeddings import RotaryEmbedding, embedding_lookup, rotate
+from tinytorch.m12_embeddings import Embedding, LearnedPositions, RotaryEmbedding, embedding_lookup, rotate
 from tinytorch.m13_attention import SelfAttention, merge_heads, scaled_dot_product_attention
 from tinytorch.m13_attention_appendix import cached_attention
 from tinytorch.m14_transformers import (
@@ -45,6 +48,7 @@ from tinytorch.m14_transformers import (
     draw,
     llama_config,
     next_probabilities,
+    next_token_loss,
     reads_whole,
 )
 from tinytorch.m16_acceleration import kernels_enabled, reference_kernels
@@ -54,8 +58,8 @@ from tinytorch.m16_acceleration import kernels_enabled, reference_kernels
 #
 # Token $t$ of a text asks all tokens before it, $\mathrm{out}_t = \sum_{s \le t} w_{ts} v_s$ (module 13). Nothing that
 # comes later changes $k_s$ and $v_s$: in a causal network, what a place has computed stays. So one keeps them. To write
-# $T$ tokens by reading everything again takes $\sum_t 2 N t \approx N T^2$ operations for $N$ weights; with a **cache**,
-# $2 N T$, and $2 L T^2 C$ for attention, which alone still looks back.
+# $T$ tokens by reading everything again takes $\sum_t 2 N t \approx N T^2$ operations for $N$ weights; with a
+# **cache**, $2 N T$, and $2 L T^2 C$ for attention, which alone still looks back.
 #
 # **What it costs.** Each token leaves a key and a value in each of $L$ layers, of $G$ heads and $D$ features:
 #
@@ -180,11 +184,13 @@ class Plan:
         places = start + steps
         self.positions = clamp(places, max=last)
         self.lengths = tensor([min(n + m, capacity) for n, m in zip(held, counts, strict=True)], device=device)
-        kept = [(b, t) for b, m in enumerate(counts) for t in range(max(0, m - capacity), m)]
-        pairs = [((b * groups + g), t, (held[b] + t) % capacity) for b, t in kept for g in range(groups)]
-        self.source, self.target = (
-            tensor([x[0] * length + x[i] for x in pairs], device=device) for i, length in ((1, longest), (2, capacity))
-        )
+        heads = arange(len(held) * groups, device=device).reshape(len(held), groups, 1)
+        source, target = heads * longest + steps, heads * capacity + unsqueeze(places % capacity, 1)
+        if min(counts) < longest or longest > capacity:
+            ends = tensor(list(counts), device=device).reshape(-1, 1, 1)
+            kept = expand((steps < ends) & (steps >= ends - capacity), shape=source.shape)
+            source, target = source[kept], target[kept]
+        self.source, self.target = source.reshape(-1), target.reshape(-1)
         self.mask = None
         if longest > 1 and (max(held) or (window or longest) < longest):
             there = start - 1 - (start - 1 - arange(capacity, device=device)) % capacity
@@ -271,18 +277,18 @@ class KVCache:
 
     def __init__(self, model: GPT, window: int | None = None, block: int = 256) -> None:
         context, attention = model.config.context_length, model.blocks[0].attention
-        for name, value in (("window", context if window is None else window), ("block", block)):
-            if not 1 <= value or (name == "window" and value > context):
-                raise ValueError(f"KVCache: {name} must be >= 1, a window at most the context's {context}; got {value}")
+        if block < 1 or not 1 <= (context if window is None else window) <= context:
+            raise ValueError(f"KVCache: block must be >= 1, and window from 1 to the context's {context}; got block "
+                             f"{block}, window {window}")  # fmt: skip
         self.model, self.window, self.tokens = model, window, list[list[int]]()
         limit = context if window is None else window
         groups, features = attention.num_kv_heads, attention.head_dim
         self.store = Store(len(model.blocks), groups, features, limit, block, model.tokens.weight)
 
     @cached_property
-    def packed(self) -> Tensor | None:
-        """The weights for `decode_blocks`, if the model is one that it knows."""
-        return packed_weights(self.model)
+    def packed(self) -> tuple[Any, ...] | None:
+        """The weights for `decode`, if it knows the model."""
+        return packed(self.model)
 
     @property
     def nbytes(self) -> int:
@@ -294,24 +300,30 @@ class KVCache:
 
         Of rows longer than the model's context, the end is read, and anew, because all its positions have changed.
         """
-        rows = [list(row[-self.model.config.context_length :]) for row in rows]
+        context = self.model.config.context_length
+        if last is None and len(rows) == len(self.tokens) and self._at_once():
+            pairs = zip(rows, self.tokens, strict=True)
+            if all(len(row) == len(held) + 1 <= context and row[:-1] == held for row, held in pairs):  # the usual case
+                return self._read_at_once([row[-1] for row in rows])
+        rows = [list(row[-context:]) for row in rows]
         asked = 1 if last is None else last
         if not rows or not 1 <= asked <= min(map(len, rows)):
             raise ValueError(f"KVCache.read: expected rows of at least {max(1, asked)} tokens, and last >= 1; got rows "
                              f"of {[len(row) for row in rows]} tokens")  # fmt: skip
-        held = self._take_over(rows, asked)
+        self._take_over(rows, asked)
+        new = [row[len(known) :] for row, known in zip(rows, self.tokens, strict=True)]
+        if max(map(len, new)) == 1 and self._at_once():
+            scores = self._read_at_once([token for (token,) in new])
+            return scores if last is None else unsqueeze(scores, 1)
         with no_grad():
-            features = self._features([row[n:] for row, n in zip(rows, held, strict=True)])
-            self.tokens = rows
-            ends = [len(row) - n for row, n in zip(rows, held, strict=True)]
-            if features.shape[1] > 1 or last is not None:
-                numbers = [[i] * asked for i in range(len(rows))]
-                features = features[numbers, [list(range(end - asked, end)) for end in ends]]
-            scores = self.model.scores(features)
+            numbers = [[i] * asked for i in range(len(rows))]
+            ends = [list(range(len(row) - asked, len(row))) for row in new]
+            scores = self.model.scores(self._features(new)[numbers, ends])
+        self.tokens = rows
         return scores if last is not None else scores[:, 0]
 
-    def _take_over(self, rows: list[list[int]], asked: int) -> list[int]:
-        """Have each row's place hold what some row began like; how many tokens that is, all but `asked` at the most."""
+    def _take_over(self, rows: list[list[int]], asked: int) -> None:
+        """Have each row hold what it has in common with some row that was held, but not its last `asked` tokens."""
         sources, shares = [], []
         for i, row in enumerate(rows):
             begin, best, share = row[: len(row) - asked], 0, 0
@@ -326,17 +338,14 @@ class KVCache:
             shares.append(share)
         self.store.take_rows(sources)
         self.tokens = [row[:n] for row, n in zip(rows, shares, strict=True)]
-        return shares
 
     def _features(self, new: list[list[int]]) -> Tensor:
-        """Read tokens behind those that rows hold: (B, T, C), what the model makes of them."""
+        """Read some tokens behind those that rows hold: (B, T, C), what the blocks make of them."""
         model, held, counts = self.model, [len(row) for row in self.tokens], [len(row) for row in new]
-        self.store.make_room(max(n + m for n, m in zip(held, counts, strict=True)))
+        self.store.make_room(max(map(add, held, counts)))
+        plan = Plan(self.store, held, counts, self.window, model.config.context_length - 1)
         ids = tensor([row + [0] * (max(counts) - len(row)) for row in new], device=model.tokens.weight.device)
         x = model.tokens(ids)
-        if max(counts) == 1 and kernels_enabled() and self.packed is not None:
-            return self._at_once(x, tensor(held))
-        plan = Plan(self.store, held, counts, self.window, model.config.context_length - 1)
         if model.positions is not None:
             x = x + embedding_lookup(plan.positions, model.positions.weight)
         with evaluating(model):
@@ -344,15 +353,25 @@ class KVCache:
                 x = block(x, partial(attend, attention=block.attention, layer=layer, store=self.store, plan=plan))
             return x if model.norm is None else model.norm(x)
 
-    def _at_once(self, x: Tensor, held: Tensor) -> Tensor:
-        """The same for one token a row, by `decode_blocks`."""
-        model, turns = self.model, (None, None)
-        if model.positions is not None:
-            x = x + unsqueeze(embedding_lookup(held, model.positions.weight), 1)
-        else:
-            turns = model.blocks[0].attention.rotary.tables(1 + int(held.amax().item()))
-        x = decode_blocks(x[:, 0], self.packed, self.store.keys, self.store.values, held, *turns, config=model.config)
-        return unsqueeze(model.norm(x), 1)
+    def _at_once(self) -> bool:
+        """Whether `decode` has a kernel and knows the model."""
+        return bool(decode.implementations) and kernels_enabled() and self.packed is not None
+
+    def _read_at_once(self, new: list[int]) -> Tensor:
+        """Read one token of each row, by `decode`: (B, V), the scores of what follows."""
+        model, store, turns = self.model, self.store, list[Any]()
+        if not 0 <= min(new) <= max(new) < model.config.vocab_size:
+            raise IndexError(f"KVCache.read: tokens must be from 0 to {model.config.vocab_size - 1}, got {new}")
+        held = [len(row) for row in self.tokens]
+        store.make_room(1 + max(held))
+        if model.positions is None:
+            turns = [table.data for table in model.blocks[0].attention.rotary.tables(1 + max(held))]
+        ids, lengths = backend_of(store.keys.data).asarray([new, held])
+        arrays = (ids, *(self.packed or ()), store.keys.data, store.values.data, lengths, *turns)
+        scores = decode(*arrays, config=model.config)  # of arrays, not of tensors, which would take as long as a layer
+        for row, token in zip(self.tokens, new, strict=True):
+            row.append(token)
+        return Tensor(scores)
 
 
 def opinionated(config: GPTConfig, seed: int = 0) -> GPT:
@@ -429,112 +448,128 @@ SPARE = 64  # zeros behind a block's weights, so that a kernel may read whole ve
 
 
 def block_parts(config: GPTConfig) -> dict[str, tuple[int, ...]]:
-    """The weights of a block, (in, out), and the biases behind each, in the order in which they are needed."""
+    """The weights of a block, (in, out), in the order in which they are needed; behind each stands its bias."""
     width, inner, hidden = config.embed_dim, config.num_heads * config.head_size, config.hidden_size
     stacked = inner + 2 * (config.num_kv_heads or config.num_heads) * config.head_size
-    gate = {"mlp.gate": (width, hidden)} if config.mlp == "swiglu" else {}
     shapes: dict[str, tuple[int, ...]] = {"norm1": (width,), "attention.qkv": (width, stacked)}
-    shapes |= {"attention.out": (inner, width), "norm2": (width,), **gate}
-    shapes |= {"mlp.up": (width, hidden), "mlp.down": (hidden, width)}
-    return {f"{name}.{part}": shape if part == "weight" else shape[-1:] for name, shape in shapes.items()
-            for part in ("weight", "bias")}  # fmt: skip
+    shapes |= {"attention.out": (inner, width), "norm2": (width,)}
+    shapes |= {"mlp.gate": (width, hidden)} if config.mlp == "swiglu" else {}
+    return shapes | {"mlp.up": (width, hidden), "mlp.down": (hidden, width)}
 
 
 @op
-def decode_blocks(xp, x, weights, keys, values, lengths, cos=None, sin=None, *, config):
-    """One token of each row through all blocks: (rows, width) to the same shape.
+def decode(xp, ids, tokens, positions, blocks, norm, head, keys, values, lengths, cos=None, sin=None, *, config):
+    """One token of each row through a model: ids (rows,) to the scores of what follows, (rows, vocabulary).
 
     Its keys and values are written to where they belong in `keys` and `values`, which are a `Store`'s.
 
-    weights: (layers, n), as `packed_weights` makes them. lengths: (rows,), how many tokens each row holds.
-    cos, sin: (positions, features), if heads are turned.
+    tokens, positions (or None), blocks, norm, head: the weights, as `packed` makes them. lengths: (rows,), how many
+    tokens each row holds. cos, sin: (positions, features), if heads are turned.
     """
     layers, rows, groups, capacity, features = keys.shape
-    turned = config.num_heads + groups
     places = (xp.arange(rows)[:, None] * groups + xp.arange(groups)) * capacity + (lengths % capacity)[:, None]
+    filled = xp.minimum(lengths + 1, xp.asarray(capacity))
+    x = xp.take(tokens, ids, axis=0)
+    x = x if positions is None else x + xp.take(positions, lengths, axis=0)
     for layer in range(layers):
-        part = unpacked(xp, weights[layer, ...], config)
-        qkv = xp.reshape(through(normed(x, part, "norm1", config), part, "attention.qkv"), (rows, -1, features))
-        query_key, value = qkv[:, :turned, :], qkv[:, turned:, :]
+        part = unpacked(xp, blocks[layer, ...], config)
+        qkv = xp.reshape(through(normed(x, *part["norm1"], config), *part["attention.qkv"]), (rows, -1, features))
+        turned, value = qkv[:, : config.num_heads + groups, :], qkv[:, config.num_heads + groups :, :]
         if cos is not None:
-            query_key = rotate(query_key, *(xp.take(table, lengths, axis=0)[:, None, :] for table in (cos, sin)))
-        for cache, new in ((keys, query_key[:, config.num_heads :, :]), (values, value)):
+            turned = rotate(turned, *(xp.take(table, lengths, axis=0)[:, None, :] for table in (cos, sin)))
+        for cache, new in ((keys, turned[:, config.num_heads :, :]), (values, value)):
             flat = xp.reshape(cache[layer, ...], (-1, features))
             xp.assign(flat, xp.reshape(places, (-1,)), xp.reshape(new, (-1, features)))
-        filled = xp.minimum(lengths + 1, xp.asarray(capacity))
-        out = cached_attention(query_key[:, : config.num_heads, :], keys[layer, ...], values[layer, ...], filled)
-        x = x + through(xp.reshape(out, (rows, -1)), part, "attention.out")
-        inner = normed(x, part, "norm2", config)
-        up = through(inner, part, "mlp.up")
-        up = silu(through(inner, part, "mlp.gate")) * up if config.mlp == "swiglu" else ACTIVATIONS[config.mlp](up)
-        x = x + through(up, part, "mlp.down")
-    return x
+        out = cached_attention(turned[:, : config.num_heads, :], keys[layer, ...], values[layer, ...], filled)
+        x = x + through(xp.reshape(out, (rows, -1)), *part["attention.out"])
+        inner = normed(x, *part["norm2"], config)
+        up = through(inner, *part["mlp.up"])
+        up = silu(through(inner, *part["mlp.gate"])) * up if "mlp.gate" in part else ACTIVATIONS[config.mlp](up)
+        x = x + through(up, *part["mlp.down"])
+    return linear(normed(x, norm[0, ...], norm[1, ...], config), head)
 
 
-gradient(decode_blocks)
+gradient(decode)
 
 
-def unpacked(xp: Any, row: Any, config: GPTConfig) -> dict[str, Any]:
-    """The weights of a block by their names."""
-    parts, start = {}, 0
+def unpacked(xp: Any, row: Any, config: GPTConfig) -> dict[str, list[Any]]:
+    """The weight and the bias of each part of a block."""
+    parts, start = dict[str, list[Any]](), 0
     for name, shape in block_parts(config).items():
-        parts[name] = xp.reshape(row[start : start + math.prod(shape)], shape)
-        start += math.prod(shape)
+        for size in (shape, shape[-1:]):
+            parts.setdefault(name, []).append(xp.reshape(row[start : start + math.prod(size)], size))
+            start += math.prod(size)
     return parts
 
 
-def through(x: Any, part: dict[str, Any], name: str) -> Any:
-    return matmul(x, part[f"{name}.weight"]) + part[f"{name}.bias"]
+def through(x: Any, weight: Any, bias: Any) -> Any:
+    return matmul(x, weight) + bias
 
 
-def normed(x: Any, part: dict[str, Any], name: str, config: GPTConfig) -> Any:
-    weight, bias = part[f"{name}.weight"], part[f"{name}.bias"]
+def normed(x: Any, weight: Any, bias: Any, config: GPTConfig) -> Any:
     if config.norm == "layer":
         return normalize(x, weight, bias, dims=(-1,), eps=config.norm_eps)[0]
     return mul(mul(x, rsqrt(mean(mul(x, x), dim=-1, keepdim=True) + config.norm_eps)), weight)
 
 
 # %% [markdown]
-# Which models it knows: those whose blocks are module 14's and nothing else, on a backend that has a kernel for them.
-# What was quantized, factorised or hooked up goes through its own layers, and so does what is large: there, a layer's
-# product takes both cores, and the time between two products is nothing beside them.
+# Which models it knows: those made of the layers of these modules and nothing else, on a backend that has a kernel for
+# them. What was quantized, factorised or hooked up goes through its own layers, and so does what is large: there, a
+# layer's product takes all cores, and the time between two products is nothing beside them.
 
 # %%
 MOST_WEIGHTS = 1 << 23
-KNOWN = {TransformerBlock, SelfAttention, LayerNorm, RMSNorm, Linear, MLP, SwiGLU, Dropout, RotaryEmbedding}
+KNOWN = {TransformerBlock, SelfAttention, LayerNorm, RMSNorm, Linear, MLP, SwiGLU, Dropout, RotaryEmbedding, Embedding,
+         LearnedPositions, ModuleList, GPT}  # fmt: skip
 
 
-def packed_weights(model: GPT) -> Tensor | None:
-    """All blocks' weights as `decode_blocks` takes them, a row for each; None for a model that it does not know."""
-    config, weight = model.config, model.tokens.weight
-    shapes = block_parts(config)
-    size = sum(map(math.prod, shapes.values())) + SPARE
-    layers = [layer for block in model.blocks for layer in block.modules()]
-    known = all(type(layer) in KNOWN and not layer._hooks for layer in layers) and model.norm is not None
-    if not known or backend_of(weight.data).name not in decode_blocks.implementations:
+def write_part(target: Any, layer: Any, shape: tuple[int, ...]) -> None:
+    """Write a layer's weight, (in, out), and its bias behind it, to an array of zeros."""
+    weight, bias, size = layer.weight.data, getattr(layer, "bias", None), math.prod(shape)
+    if len(shape) == 2:
+        table = backend_of(target).reshape(target[:size], shape)
+        for i in range(0, shape[1], 64):  # what is turned at once stays in the cache
+            table[:, i : i + 64] = weight[i : i + 64, :].T
+    else:
+        target[:size] = weight
+    if bias is not None:
+        target[size : size + shape[-1]] = bias.data
+
+
+def packed(model: GPT) -> tuple[Any, ...] | None:
+    """The arrays that `decode` takes: tokens, positions, blocks, norm, head. None for a model that it does not know."""
+    config, tokens, last, xp = model.config, model.tokens, model.norm, backend_of(model.tokens.weight.data)
+    known = all(type(layer) in KNOWN and not layer._hooks for layer in model.modules())
+    size = sum(parameter.numel() for parameter in model.parameters())
+    fits = known and last is not None and tokens.weight.dtype == "float32" and size <= MOST_WEIGHTS
+    if not fits or tokens.max_norm is not None:
         return None
-    if weight.dtype != "float32" or len(model.blocks) * size > MOST_WEIGHTS:
-        return None
-    rows = []
-    for block in model.blocks:
-        found = {name: p.detach() for name, p in block.named_parameters()}
-        found = {name: transpose(p, 0, 1) if p.ndim == 2 else p for name, p in found.items()}
-        missing = {name: zeros(shape) for name, shape in shapes.items() if name.endswith("bias")}
-        if not found.keys() <= shapes.keys() or any(found.get(n, missing.get(n)).shape != s for n, s in shapes.items()):
-            return None  # of other sizes than the configuration says
-        rows.append(joined([reshape((missing | found)[name], shape=(-1,)) for name in shapes] + [zeros(SPARE)]))
-    return joined([unsqueeze(row, 0) for row in rows])
+    parts = block_parts(config)
+    wide = SPARE + sum(math.prod(shape) + shape[-1] for shape in parts.values())
+    kind = tokens.weight.data.dtype
+    blocks, norm = xp.zeros((len(model.blocks), wide), dtype=kind), xp.zeros((2 * config.embed_dim,), dtype=kind)
+    for row, block in enumerate(model.blocks):
+        start, layers = 0, dict(block.named_modules())
+        for name, shape in parts.items():
+            if name not in layers or layers[name].weight.shape != shape[::-1]:
+                return None  # of another size than the configuration says
+            write_part(blocks[row, start:], layers[name], shape)
+            start += math.prod(shape) + shape[-1]
+    write_part(norm, last, (config.embed_dim,))
+    places = None if model.positions is None else model.positions.weight.data
+    head = tokens.weight if model.head is None else model.head.weight
+    return tokens.weight.data, places, blocks, xp.reshape(norm, (2, -1)), head.data
 
 
 def test_in_one_call_as_layer_by_layer() -> None:
     for config in (GPT_2, LLAMA, replace(GPT_2, mlp="relu", bias=False), replace(LLAMA, mlp="gelu", norm="layer")):
         cache, rows = KVCache(opinionated(config), window=6), [[1, 2, 3], [4, 5, 6, 7, 8, 9, 10]]
-        for _ in range(4):
-            expected = KVCache(cache.model, window=6).read(rows)
-            assert_close(cache.read(rows), expected, rtol=1e-5, atol=1e-5)
+        cache.read(rows)
+        for token in range(3):
+            expected = KVCache(cache.model, window=6).read([[*row, token] for row in rows])
             with reference_kernels():
-                assert_close(cache.read(rows), expected, rtol=1e-5, atol=1e-5)
-            rows = [[*row, 7] for row in rows]
+                assert_close(cache._read_at_once([token, token]), expected, rtol=1e-5, atol=1e-5)
+            rows = [[*row, token] for row in rows]
 
 
 # %% [markdown]
@@ -631,7 +666,8 @@ def speculative_generate(
             proposed.append(next_probabilities(small.read([text]), *choices))
             text += draw(proposed[-1], chance)
         scores = large.read([text], last=len(proposed) + 1)[0]
-        for token in settle(text[len(row) :], joined(proposed or [scores]), next_probabilities(scores, *choices), chance):
+        wanted = next_probabilities(scores, *choices)
+        for token in settle(text[len(row) :], joined(proposed or [wanted]), wanted, chance):
             row.append(token)
             if token in stops:
                 return row
@@ -647,3 +683,105 @@ def test_a_draft_changes_nothing() -> None:
     manual_seed(0)
     first = [settle(draw(proposed, nullcontext()), proposed, wanted, nullcontext())[0] for _ in range(2000)]
     assert_close([first.count(token) / 2000 for token in range(3)], [0.1, 0.6, 0.3], atol=0.04)
+
+
+# %% [markdown]
+# ## Systems analysis
+#
+# What a token costs as the text grows: read anew, from the cache layer by layer, and in one call. The first grows with
+# the text; the others are flat until reading the cache takes as long as reading the weights. The last two columns are
+# those bytes.
+
+
+# %%
+def analyze() -> None:
+    """Measure a token's time over the length of the text, with and without a cache, and what drafts are worth."""
+    config = GPTConfig(65, 1024, 4, 4, 128)
+    manual_seed(0)
+    model, rows = GPT(config).eval(), []
+    weights = 4 * sum(parameter.numel() for parameter in model.parameters())
+    for length in (16, 64, 256, 512, 1000):
+        text, cache = randint(65, (length,)).tolist(), KVCache(model)
+        cache.read([text])
+
+        def grow(cache: KVCache = cache, text: list[int] = text) -> None:
+            cache.tokens = [text[:-1]]  # the last token is read again and again
+            cache.read([text])
+
+        with reference_kernels():
+            layers = seconds(grow)
+        whole = seconds(reads_whole(model), [text])
+        rows.append([length, whole * 1e3, layers * 1e3, seconds(grow) * 1e3, weights / 1e6,
+                     length * bytes_per_token(config) / 1e6])  # fmt: skip
+    print("4 layers, 128 wide: ms for one more token")
+    print_table(["tokens before", "read anew", "cached, without kernels", "cached", "MB of weights", "of cache"], rows)
+    print()
+    draft = GPT(replace(config, num_layers=1))
+    for small, large in zip(draft.parameters(), model.parameters(), strict=False):
+        small.data[...] = large.data  # embeddings, positions and the first block
+    prompt, figures = randint(65, (16,)).tolist(), []
+    alone = seconds(lambda: model.generate(prompt, 64, temperature=0), repeat=3)
+    for lookahead in (1, 2, 4, 8):
+        taken = seconds(lambda n=lookahead: speculative_generate(model, draft, prompt, 64, lookahead=n, temperature=0),
+                        repeat=3)  # fmt: skip
+        figures.append([lookahead, taken / 64 * 1e3, alone / 64 * 1e3])
+    print_table(["tokens drafted", "ms a token", "without drafts"], figures)
+
+
+# %% [markdown]
+# ## Production context
+#
+# `model.generate` of Hugging Face's `transformers` has `use_cache=True` and a `DynamicCache`, which appends by copying;
+# a `StaticCache` is made at full length, so that `torch.compile` sees fixed shapes. Serving engines go on from there:
+# vLLM keeps blocks of 16 tokens anywhere in memory, with a table for each text (paged attention), and shares the blocks
+# of texts that begin alike; it also lets texts join and leave a batch at any step. On a GPU, a step's kernels are
+# captured once in a CUDA graph and launched together, which is there what one call is here. `assistant_model=` is
+# speculative decoding. Left out: caches in 8 bits, blocks that are anywhere, drafts as trees, and several devices.
+
+# %% [markdown]
+# ## Integration testing
+
+
+# %%
+def test_a_trained_gpt_counts_on_from_a_cache() -> None:
+    manual_seed(0)
+    model = GPT(GPTConfig(10, 16, 2, 2, 32))
+    optimizer = AdamW(model.parameters(), lr=1e-2)
+    for _ in range(60):
+        numbers = (randint(10, (16, 1)) + arange(13)) % 10
+        loss = next_token_loss(model(numbers[:, :-1]), numbers[:, 1:])
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+    cache = KVCache(model)
+    with caching(cache):
+        assert model.generate([[7, 8], [3, 4, 5]], 6, temperature=0) == [
+            [7, 8, 9, 0, 1, 2, 3, 4],
+            [3, 4, 5, 6, 7, 8, 9, 0, 1],
+        ]
+    assert cache.tokens == [[7, 8, 9, 0, 1, 2, 3], [3, 4, 5, 6, 7, 8, 9, 0]]  # what was written last was not yet read
+    assert speculative_generate(model, model, [1, 2], 5, temperature=0) == [1, 2, 3, 4, 5, 6, 7]
+
+
+# %% [markdown]
+# ## Thinking questions
+#
+# 1. Why can a network whose tokens see what comes after them keep no keys and values?
+# 2. A text outgrows the context, and all of it is read anew for each token. With rotary positions, only the keys'
+#    angles to each other count. What would still be wrong if one only forgot the oldest key?
+# 3. From how many rows on does a step take twice as long as for one? What does that depend on, at a short text and at a
+#    long one?
+# 4. A draft is right for four of five tokens and costs a tenth. How many tokens should it draft at a time?
+# 5. Two users of a server ask about the same document. What may one learn from how soon the answer comes?
+
+# %% [markdown]
+# ## Summary
+#
+# What a causal network has computed of a token stays as it is; kept, it turns the cost of a text from the square of its
+# length into its length. What is left is reading the weights once a token, if nothing stands between the products; and
+# reading several tokens costs hardly more than one, which drafts make use of. Module 20 measures whether such a claim
+# holds.
+
+
+if __name__ == "__main__":
+    run_module(globals())

@@ -1,23 +1,25 @@
-"""Module 19, appendix: the kernel that takes one token of each row through all blocks."""
+"""Module 19, appendix: the kernel that takes one token of each row through a whole model."""
 
 from __future__ import annotations
 
 from typing import Any
 
-from tinytorch.m02_tensor import randn, zeros
+from tinytorch.m02_tensor import zeros
 from tinytorch.m14_transformers import GPT, GPTConfig
 from tinytorch.m16_acceleration import attach
-from tinytorch.m16_acceleration_appendix import CPU, EXAMPLES, FLOATS, single
-from tinytorch.m19_caching import Store, decode_blocks, packed_weights
+from tinytorch.m16_acceleration_appendix import ARRAY, CPU, EXAMPLES, FLOATS
+from tinytorch.m19_caching import Store, decode, packed
 
 
-def decodes(x: Any, weights: Any, keys: Any, values: Any, lengths: Any, *turns: Any, **attributes: Any) -> bool:
+def decodes(*arrays: Any, config: Any) -> bool:
     """The kernel goes by addresses, so all must lie row by row."""
-    known = single(x, weights, keys, values, *turns) and lengths.dtype.char == "l"
-    return known and weights.flags.c_contiguous and keys.flags.c_contiguous and values.flags.c_contiguous
+    for x in arrays:
+        if x is not None and (type(x) is not ARRAY or x.dtype.char not in "fl" or not x.flags.c_contiguous):
+            return False
+    return arrays[0].dtype.char == arrays[8].dtype.char == "l" and arrays[1].dtype.char == "f"
 
 
-attach(decode_blocks, "numpy", f"{CPU}.decoding:decode_blocks", decodes, FLOATS)
+attach(decode, "numpy", f"{CPU}.decoding:decode", decodes, FLOATS)
 
 
 def decoding_example(count: int) -> tuple[tuple, dict[str, Any]]:
@@ -27,9 +29,9 @@ def decoding_example(count: int) -> tuple[tuple, dict[str, Any]]:
     store = Store(2, 2, 8, limit=8, block=8, like=model.tokens.weight)
     store.take_rows(range(count))
     store.make_room(8)
-    lengths = zeros(count, dtype="int64") + 3
-    inputs = (randn(count, 16), packed_weights(model), store.keys, store.values, lengths)
-    return tuple(x.data for x in inputs if x is not None), {"config": config}
+    ids = zeros(count, dtype="int64") + 3
+    inputs = (ids.data, *(packed(model) or ()), store.keys.data, store.values.data, (ids + 1).data)
+    return inputs, {"config": config}
 
 
-EXAMPLES["decode_blocks"] = decoding_example
+EXAMPLES["decode"] = decoding_example

@@ -1,4 +1,4 @@
-"""One new token of each row through all blocks of a transformer, in one call.
+"""One new token of each row through a whole transformer, in one call.
 
 A token uses each weight once, and a small network's blocks have a dozen steps that take a microsecond each: called one
 by one, most of the time would be between them. Here a core takes some rows from the first block to the last. Rows are
@@ -13,10 +13,11 @@ from typing import Any
 import numpy as np
 from numba import prange
 
-from tinytorch.kernels.cpu.attention import FLOAT, ROW, WIDE, attend_cached, row_of_four, tile
+from tinytorch.kernels.cpu.attention import FLOAT, WIDE, attend_cached, tile
 from tinytorch.kernels.cpu.elementwise import normal_cdf, vsigmoid
-from tinytorch.kernels.cpu.jit import cores, kernel, plain, run
+from tinytorch.kernels.cpu.jit import cores, kernel, run
 from tinytorch.kernels.cpu.lines import load_some, store_some
+from tinytorch.kernels.cpu.matmul import TOGETHER, dot_rows
 from tinytorch.kernels.cpu.vectors import (
     LANES,
     address,
@@ -32,14 +33,14 @@ from tinytorch.kernels.cpu.vectors import (
     total,
 )
 
-__all__ = ["decode_blocks"]
+__all__ = ["decode"]
 
 STRIP = 4 * LANES  # columns of a product that are added up in registers
-TOGETHER = 4  # rows for which a strip of weights is read once
+SIDE_BY_SIDE = 4  # rows for which a strip of weights is read once
 ACTIVATIONS = ("gelu_tanh", "gelu", "relu", "silu", "swiglu")
 GELU_TANH, GELU, RELU, SILU, SWIGLU = range(5)
 
-rows_of_four = tile(TOGETHER, 4)
+one_row, rows_side_by_side = tile(1, 4), tile(SIDE_BY_SIDE, 4)
 
 
 @kernel(inline="always")
@@ -53,15 +54,17 @@ def product(x, pitch, rows, depth, weight, columns, out, out_pitch, ones):
     """Add x (rows, depth) times the weight (depth, columns) to out (rows, columns).
 
     Addresses, and steps from row to row in bytes. Whole strips are written: what stands behind `columns` in a row of
-    out is anything. ones: the address of TOGETHER ones.
+    out is anything. ones: the address of SIDE_BY_SIDE ones.
     """
     apart()
-    one, four, line = np.int64(FLOAT), rows // TOGETHER * TOGETHER, columns * FLOAT
+    one, four, line = np.int64(FLOAT), rows // SIDE_BY_SIDE * SIDE_BY_SIDE, columns * FLOAT
     for j in range(0, line, STRIP * FLOAT):
-        for i in range(0, four, TOGETHER):
-            rows_of_four(x + i * pitch, pitch, one, weight + j, line, depth, out + i * out_pitch + j, out_pitch, ones)
+        for i in range(0, four, SIDE_BY_SIDE):
+            a, c = x + i * pitch, out + i * out_pitch + j
+            rows_side_by_side(a, pitch, one, weight + j, line, depth, c, out_pitch, ones)
         for i in range(four, rows):
-            row_of_four(x + i * pitch, pitch, one, weight + j, line, depth, out + i * out_pitch + j, out_pitch, ones)
+            a, c = x + i * pitch, out + i * out_pitch + j
+            one_row(a, pitch, one, weight + j, line, depth, c, out_pitch, ones)
 
 
 @kernel
@@ -142,37 +145,44 @@ def copy_floats(target, source, count):
 
 
 @kernel
-def decode_rows(first, last, x, weights, keys, values, lengths, counts, cos, sin, query, seen, out, sizes, eps):
-    """The rows from `first` to `last`, through all blocks.
+def decode_rows(
+    first, last, ids, tokens, positions, blocks, norm, head, keys, values, lengths, cos, sin, out, heads, hidden,
+    choice, centered, eps,
+):  # fmt: skip
+    """The rows from `first` to `last`, from their tokens' ids to the scores of what follows.
 
     Args:
         keys, values: (layers, rows, groups, capacity, features).
-        lengths, counts: how many tokens each row holds, and how many its new one sees.
-        cos, sin: (positions, features); of no length if heads are not turned.
-        query, seen: (rows, heads, features), for queries and what attention makes of them.
-        sizes: (heads, features, hidden, activation, whether norms are centered).
+        lengths: how many tokens each row holds.
+        positions, cos, sin: of no length if there are none.
+        hidden, choice: how wide the small networks are, and the number of their activation.
+        centered: whether norms take the mean away.
     """
-    heads, features, hidden, choice, centered = sizes[0], sizes[1], sizes[2], sizes[3], sizes[4]
-    layers, _, groups, capacity, _ = keys.shape
-    width, rows, own = x.shape[1], last - first, features * FLOAT
+    layers, _, groups, capacity, features = keys.shape
+    width, rows, own = tokens.shape[1], last - first, features * FLOAT
     inner, stacked = heads * features, (heads + 2 * groups) * features
-    stream_pitch, qkv_pitch, wide_pitch = in_strips(width) * FLOAT, in_strips(stacked) * FLOAT, in_strips(hidden) * FLOAT
-    scratch = np.empty(
-        rows * (2 * stream_pitch + qkv_pitch + 2 * wide_pitch) // FLOAT + TOGETHER, np.float32
-    )
+    stream_pitch, qkv_pitch = in_strips(width) * FLOAT, in_strips(stacked) * FLOAT
+    wide_pitch = in_strips(hidden) * FLOAT
+    scratch = np.empty(rows * (2 * stream_pitch + qkv_pitch + 2 * wide_pitch) // FLOAT + SIDE_BY_SIDE, np.float32)
     stream = address(scratch)
     normed = stream + rows * stream_pitch
     qkv = normed + rows * stream_pitch
     gate = qkv + rows * qkv_pitch
     up = gate + rows * wide_pitch
     ones = up + rows * wide_pitch
-    scratch[-TOGETHER:] = 1
-    scores = np.empty((counts[first:last].max() + LANES - 1) // LANES * LANES, np.float32)
+    scratch[-SIDE_BY_SIDE:] = 1
+    query, seen = np.empty((len(ids), inner), np.float32), np.empty((len(ids), inner), np.float32)
+    counts = np.minimum(lengths + 1, capacity)
+    scores = np.empty((counts.max() + LANES - 1) // LANES * LANES, np.float32)
     scale = 1 / math.sqrt(features)
     for i in range(rows):
-        copy_floats(stream + i * stream_pitch, address(x) + (first + i) * width * FLOAT, width)
+        row, number = stream + i * stream_pitch, first + i
+        copy_floats(row, address(tokens) + ids[number] * width * FLOAT, width)
+        if positions.size:
+            at = address(positions) + lengths[number] * width * FLOAT
+            add_to_rows(row, stream_pitch, np.int64(1), row, stream_pitch, at, width)
     for layer in range(layers):
-        at = address(weights) + layer * weights.shape[1] * FLOAT
+        at = address(blocks) + layer * blocks.shape[1] * FLOAT
         norm_rows(stream, stream_pitch, rows, width, centered, eps, at, normed)
         at += 2 * width * FLOAT
         add_to_rows(qkv, qkv_pitch, rows, np.int64(0), np.int64(0), at + width * stacked * FLOAT, stacked)
@@ -185,14 +195,14 @@ def decode_rows(first, last, x, weights, keys, values, lengths, counts, cos, sin
                 turn_heads(row, heads + groups, features // 2, address(cos) + angle, address(sin) + angle)
             copy_floats(address(query) + number * inner * FLOAT, row, inner)
             for group in range(groups):
-                head = (layer * len(x) + number) * groups + group
-                place = (head * capacity + lengths[number] % capacity) * own
+                before = ((layer * len(ids) + number) * groups + group) * capacity
+                place = (before + lengths[number] % capacity) * own
                 copy_floats(address(keys) + place, row + (heads + group) * own, features)
                 copy_floats(address(values) + place, row + (heads + groups + group) * own, features)
-        begin, step = layer * len(x) * groups * capacity * own, capacity * own
+        begin, step = layer * len(ids) * groups * capacity * own, capacity * own
         key = (address(keys) + begin, np.int64(0), groups * step, step, own)
         value = (address(values) + begin, np.int64(0), groups * step, step, own)
-        shape = (len(x), groups, heads // groups, features, features)
+        shape = (len(ids), groups, heads // groups, features, features)
         for number in range(first * groups, last * groups):
             attend_cached(number, shape, query, key, value, counts, seen, scale, scores)
         add_to_rows(stream, stream_pitch, rows, stream, stream_pitch, at + inner * width * FLOAT, width)
@@ -211,21 +221,24 @@ def decode_rows(first, last, x, weights, keys, values, lengths, counts, cos, sin
         activate_rows(choice, up, gate, wide_pitch, rows, hidden)
         add_to_rows(stream, stream_pitch, rows, stream, stream_pitch, at + hidden * width * FLOAT, width)
         product(up, wide_pitch, rows, hidden, at, width, stream, stream_pitch, ones)
+    norm_rows(stream, stream_pitch, rows, width, centered, eps, address(norm), normed)
+    final = np.empty((rows, width), np.float32)
     for i in range(rows):  # the scratch is named again, so that it has not been freed before
-        copy_floats(address(out) + (first + i) * width * FLOAT, address(scratch) + i * stream_pitch, width)
+        copy_floats(address(final) + i * width * FLOAT, address(scratch) + (rows + i) * stream_pitch, width)
+    dot_rows(0, (len(head) + TOGETHER - 1) // TOGETHER, final, head, norm[0, :0], out[first:last])
 
 
 @kernel
 def decode_serially(parts, *arguments):
-    x = arguments[0]
-    decode_rows(0, len(x), *arguments)
+    ids = arguments[0]
+    decode_rows(0, len(ids), *arguments)
 
 
 @kernel(parallel=True)
-def decode_on_cores(parts, x, *arguments):
+def decode_on_cores(parts, ids, *arguments):
     for part in prange(parts):
         number = np.int64(part)
-        decode_rows(len(x) * number // parts, len(x) * (number + 1) // parts, x, *arguments)
+        decode_rows(len(ids) * number // parts, len(ids) * (number + 1) // parts, ids, *arguments)
 
 
 # -- entry point -------------------------------------------------------------------------------------------------------
@@ -233,16 +246,16 @@ def decode_on_cores(parts, x, *arguments):
 NOTHING = np.empty((0, 0), np.float32)
 
 
-def decode_blocks(
-    xp: Any, x: np.ndarray, weights: np.ndarray, keys: np.ndarray, values: np.ndarray, lengths: np.ndarray,
-    cos: np.ndarray | None = None, sin: np.ndarray | None = None, *, config: Any,
+def decode(
+    xp: Any, ids: np.ndarray, tokens: np.ndarray, positions: np.ndarray | None, blocks: np.ndarray, norm: np.ndarray,
+    head: np.ndarray, keys: np.ndarray, values: np.ndarray, lengths: np.ndarray, cos: np.ndarray | None = None,
+    sin: np.ndarray | None = None, *, config: Any,
 ) -> np.ndarray:  # fmt: skip
-    """One token of each row through all blocks; its keys and values are written to their places: module 19's twin."""
-    heads, features = config.num_heads, keys.shape[4]
-    sizes = (heads, features, config.hidden_size, ACTIVATIONS.index(config.mlp), config.norm == "layer")
-    (query, seen), out = np.empty((2, len(x), heads * features), np.float32), np.empty(x.shape, np.float32)
-    turns = (NOTHING, NOTHING) if cos is None else (plain(cos), plain(sin))
-    parts, work = min(cores(), len(x)), (1 + len(x)) * weights.size // 8
-    run(decode_serially, decode_on_cores, work if parts > 1 else 0, parts, plain(x), weights, keys, values, lengths,
-        np.minimum(lengths + 1, keys.shape[3]), *turns, query, seen, out, np.array(sizes), config.norm_eps)  # fmt: skip
+    """One token of each row through a model; its keys and values are written to their places: module 19's twin."""
+    out = np.empty((len(ids), len(head)), np.float32)
+    positions, cos, sin = (NOTHING if x is None else x for x in (positions, cos, sin))
+    parts, work = min(cores(), len(ids)), (1 + len(ids)) * (blocks.size + head.size) // 8
+    run(decode_serially, decode_on_cores, work if parts > 1 else 0, parts, ids, tokens, positions, blocks, norm, head,
+        keys, values, lengths, cos, sin, out, config.num_heads, config.hidden_size, ACTIVATIONS.index(config.mlp),
+        config.norm == "layer", config.norm_eps)  # fmt: skip
     return out
