@@ -329,6 +329,14 @@ MODULES = (
             """,
         },
     ),
+    Module(
+        number=19,
+        name="caching",
+        title="Caching",
+        part="Systems",
+        checkpoint="Write a token in the time of reading one, whatever the text before it",
+        exports={"": "KVCache caching bytes_per_token speculative_generate"},
+    ),
 )
 
 FACES = (

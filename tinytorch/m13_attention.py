@@ -394,15 +394,20 @@ class SelfAttention(Module):
         self.qkv = Linear(embed_dim, (num_heads + 2 * num_kv_heads) * self.head_dim, bias)
         self.out = Linear(num_heads * self.head_dim, embed_dim, bias)
 
-    def heads(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Queries, keys and values of (B, T, embed_dim): each (B, its heads, T, head_dim)."""
+    def heads(self, x: Tensor, positions: Tensor | None = None) -> tuple[Tensor, Tensor, Tensor]:
+        """Queries, keys and values of (B, T, embed_dim): each (B, its heads, T, head_dim).
+
+        positions: (B, T), where the places stand that `rotary` turns; 0 … T - 1 if None.
+        """
         qkv, heads, start = self.qkv(x), list[Tensor](), 0
         for count in (self.num_heads, self.num_kv_heads, self.num_kv_heads):
             stop = start + count * self.head_dim
             heads.append(split_heads(getitem(qkv, index=(..., slice(start, stop))), count))
             start = stop
         query, key, value = heads
-        return (query, key, value) if self.rotary is None else (self.rotary(query), self.rotary(key), value)
+        if self.rotary is not None:
+            query, key = (self.rotary(x, positions=positions) for x in (query, key))
+        return query, key, value
 
     def forward(self, x: Tensor, mask: Tensor | None = None) -> Tensor:
         """`mask` broadcasts to (B, H, T, T)."""

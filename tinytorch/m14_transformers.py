@@ -11,7 +11,7 @@ Learning objectives. After this module you can
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
 from functools import partial
@@ -294,7 +294,10 @@ def test_a_configuration_is_checked_where_it_is_made() -> None:
 
 # %%
 class TransformerBlock(Module):
-    """Attention and a small network, each with its norm and its sum: (B, T, embed_dim) to the same shape."""
+    """Attention and a small network, each with its norm and its sum: (B, T, embed_dim) to the same shape.
+
+    `attend` may stand in for the attention layer: module 19 has one that remembers what came before.
+    """
 
     def __init__(self, config: GPTConfig, rotary: RotaryEmbedding | None = None) -> None:
         super().__init__()
@@ -308,11 +311,12 @@ class TransformerBlock(Module):
         self.mlp = config.make_mlp()
         self.dropout = Dropout(config.dropout)
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, x: Tensor, attend: Callable[[Tensor], Tensor] | None = None) -> Tensor:
+        attend = attend or self.attention
         if self.norm_first:
-            x = x + self.dropout(self.attention(self.norm1(x)))
+            x = x + self.dropout(attend(self.norm1(x)))
             return x + self.dropout(self.mlp(self.norm2(x)))
-        x = self.norm1(x + self.dropout(self.attention(x)))
+        x = self.norm1(x + self.dropout(attend(x)))
         return self.norm2(x + self.dropout(self.mlp(x)))
 
 
@@ -461,6 +465,13 @@ def draw(probabilities: Tensor, chance: Any) -> list[int]:
     return [min(place, probabilities.shape[1] - 1) for place in places.tolist()]
 
 
+def choose(scores: Tensor, temperature: float, top_k: int | None, top_p: float | None, chance: Any) -> list[int]:
+    """The next token of each row of scores (B, V)."""
+    if temperature == 0:
+        return scores.argmax(1).tolist()
+    return draw(next_probabilities(scores, temperature, top_k, top_p), chance)
+
+
 def test_the_next_token_is_chosen_among_the_best() -> None:
     scores = tensor([[4.0, 1.0, 0.1, 0.0]]).log()  # probabilities of about 0.78, 0.20, 0.02 and 0
     assert next_probabilities(scores, temperature=0).tolist() == [[1, 0, 0, 0]]
@@ -487,25 +498,40 @@ def test_tokens_are_drawn_as_often_as_they_are_probable() -> None:
 
 
 # %%
+def reads_whole(model: GPT) -> Callable[[list[list[int]]], Tensor]:
+    """What reads each row anew, as far as the context reaches: rows to the scores (B, V) of what follows them."""
+
+    def read(rows: list[list[int]]) -> Tensor:
+        windows = [row[-model.config.context_length :] for row in rows]
+        longest = max(map(len, windows))
+        padded = tensor([row + [0] * (longest - len(row)) for row in windows], device=model.tokens.weight.device)
+        with no_grad(), evaluating(model):
+            last = model.features(padded)[list(range(len(windows))), [len(row) - 1 for row in windows]]
+            return model.scores(last)
+
+    return read
+
+
+READERS: list[Callable[[GPT], Callable[[list[list[int]]], Tensor]]] = [reads_whole]
+
+
+def attach_reader(reader: Callable[[GPT], Callable[[list[list[int]]], Tensor]]) -> None:
+    """Have `reader(model)` read for `continuations`, with the scores that `reads_whole` gives; rows only grow."""
+    READERS.append(reader)
+
+
 def continuations(
     model: GPT, rows: list[list[int]], max_new_tokens: int, temperature: float, top_k: int | None, top_p: float | None,
     repetition_penalty: float, stop_tokens: Iterable[int], seed: int | None,
 ) -> Iterator[None]:  # fmt: skip
     """Put one token behind each row that has not ended, again and again; a step of the iterator for each."""
-    some = model.tokens.weight
-    chance = nullcontext() if seed is None else backend_of(some.data).seeded(seed)
-    stops, open_rows = set(stop_tokens), list(rows)
+    chance = nullcontext() if seed is None else backend_of(model.tokens.weight.data).seeded(seed)
+    stops, open_rows, read = set(stop_tokens), list(rows), READERS[-1](model)
     for _ in range(max_new_tokens):
-        windows = [row[-model.config.context_length :] for row in open_rows]
-        longest = max(map(len, windows))
-        padded = tensor([row + [0] * (longest - len(row)) for row in windows], device=some.device)
-        with no_grad(), evaluating(model):
-            last = model.features(padded)[list(range(len(windows))), [len(row) - 1 for row in windows]]
-            scores = model.scores(last)
-            if repetition_penalty != 1:
-                scores = penalized(scores, open_rows, repetition_penalty)
-            tokens = draw(next_probabilities(scores, temperature, top_k, top_p), chance)
-        for row, token in zip(open_rows, tokens, strict=True):
+        scores = read(open_rows)
+        if repetition_penalty != 1:
+            scores = penalized(scores, open_rows, repetition_penalty)
+        for row, token in zip(open_rows, choose(scores, temperature, top_k, top_p, chance), strict=True):
             row.append(token)
         open_rows = [row for row in open_rows if row[-1] not in stops]
         yield
