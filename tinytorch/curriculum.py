@@ -288,6 +288,21 @@ MODULES = (
         checkpoint="Make an operation as fast as the machine allows, and say what the limit is",
         exports={"": "kernels_enabled reference_kernels"},
     ),
+    Module(
+        number=20,
+        name="benchmarking",
+        title="Benchmarking",
+        part="Systems",
+        checkpoint="Say which of two programs is faster, and by how much, and be right",
+        exports={
+            "utils.benchmark": """
+                benchmark Measurement Timer memory_of quantile interval compare Comparison scaling Scaling fit_power
+                offline serve server Load ServerResult Candidate pareto_front SimulatedMachine
+                Report save_report load_report regressions Regression
+                plot_latencies plot_scaling plot_server plot_pareto
+            """
+        },
+    ),
 )
 
 FACES = (
@@ -304,6 +319,7 @@ FACES = (
     "optim.lr_scheduler",
     "transforms",
     "utils",
+    "utils.benchmark",
     "utils.checkpoint",
     "utils.data",
 )
