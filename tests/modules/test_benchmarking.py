@@ -134,15 +134,15 @@ def test_a_benchmark_runs_as_long_as_it_is_told() -> None:
     assert slow.number_per_run == 1
 
 
-@pytest.mark.parametrize("noise", [{"noise": 0.1, "outliers": 0.2, "drift": 0.1, "phase": 30}])
-def test_where_it_is_too_noisy_the_verdict_is_missing_and_not_wrong(noise: dict[str, float]) -> None:
+def test_where_it_is_too_noisy_the_verdict_is_missing_and_not_wrong() -> None:
+    noise = {"noise": 0.1, "outliers": 0.2, "drift": 0.1, "phase": 30}
     for ratio, wrong in ((1.0, {"slower", "faster"}), (1.05, {"equal", "faster"}), (1.02, {"faster"})):
         found = []
-        for seed in range(100):
+        for seed in range(60):
             machine = SimulatedMachine(seed, **noise)
             tasks = machine.task(2e-3), machine.task(2e-3 * ratio)
             found.append(compare(*tasks, seed=seed, clock=machine.clock).verdict)
-        assert sum(each in wrong for each in found) <= 5
+        assert sum(each in wrong for each in found) <= 3
         assert "undecided" in found
 
 
@@ -258,7 +258,7 @@ def test_a_server_takes_those_that_wait_together() -> None:
     assert max(sizes) == 4
     assert all(latency >= 0.1 - 1e-9 for latency in load.latencies)
     assert load.busy > 0.95  # 50 a second at 4 in 0.1 s: more than it can do
-    alone = serve(work, rate=0.1, queries=50, most=4, clock=machine.clock)
+    alone = serve(work, rate=0.001, queries=50, most=4, clock=machine.clock)
     assert max(alone.latencies) == pytest.approx(0.1)  # nobody waits
 
 
@@ -332,7 +332,7 @@ def test_a_report_comes_back_as_it_was(tmp_path: Path) -> None:
     assert again.machine["cores"] >= 1
     found = json.loads(path.read_text())
     assert found["measurements"][0]["summary"]["p50"] == 0.375
-    assert found["measurements"][0]["summary"]["p99_interval"] == [None, None]
+    assert found["measurements"][0]["summary"]["p99_interval"] == [0.5, None]
     assert found["results"] == {"rate": None}
 
 
