@@ -1,8 +1,7 @@
-"""What `tinytorch bench` and `tinytorch compare` do: networks timed by batch, under load, by size, and against others."""
+"""What `tinytorch bench` and `tinytorch compare` do: time networks by batch, under load, by size, and in turn."""
 
 from __future__ import annotations
 
-import json
 import os
 import subprocess
 import sys
@@ -193,10 +192,9 @@ def over_threads(name: str, device: str | None, rounds: int = 5) -> Scaling:
 def median_with(threads: int, name: str, device: str | None) -> float:
     """The median seconds of a network's answer in a new process with so many threads."""
     environment = {key: value for key, value in os.environ.items() if key not in SLOWING}
-    program = "import json, sys; from tinytorch.profiling.measure import median_of; print(median_of(*json.loads(sys.argv[1])))"
-    command = [sys.executable, "-c", program, json.dumps([name, device])]
-    done = subprocess.run(command, env={**environment, **dict.fromkeys(THREADS, str(threads))}, text=True,
-                          stdout=subprocess.PIPE, stderr=subprocess.PIPE, check=False)  # fmt: skip
+    environment |= dict.fromkeys(THREADS, str(threads))
+    program = f"from tinytorch.profiling.measure import median_of; print(median_of({name!r}, {device!r}))"
+    done = subprocess.run([sys.executable, "-c", program], env=environment, capture_output=True, text=True, check=False)
     if done.returncode:
         raise UsageError(f"{name} failed with {threads} threads: {done.stderr.strip().splitlines()[-1:]}")
     return float(done.stdout)
@@ -217,9 +215,8 @@ def compare_models(a: str, b: str, batch: int, margin: float, device: str | None
     for i, (name, work) in enumerate(zip((a, b), works, strict=True)):
         median = Measurement(1, tuple(pair[i] for pair in found.pairs)).median
         peak = memory_of(work.forward).peak if is_on_cpu(work) else None
-        rows.append(
-            {"model": name, "median": median, "throughput": batch / median, **describe(work), "peak_bytes": peak}
-        )
+        found_here = {"median": median, "throughput": batch / median, "peak_bytes": peak}
+        rows.append({"model": name, **found_here, **describe(work)})
     return {"batch": batch, "models": rows, "ratio": found.ratio, "interval": [found.low, found.high],
             "margin": margin, "pairs": len(found.pairs), "verdict": found.verdict}  # fmt: skip
 
@@ -246,7 +243,7 @@ def compare_reports(a: Path, b: Path, margin: float) -> dict[str, Any]:
 def bench_rows(found: dict[str, Any]) -> tuple[Row, list[Row]]:
     """The table of `bench_model`: a row for each batch."""
     headers = ("batch", "p50", "95 %", "p90", "p99", "items/s", "peak")
-    rows = [
+    rows: list[Row] = [
         (f"{row['batch']}", show(row["p50"]), show_interval(row["p50_interval"]), show(row["p90"]), show(row["p99"]),
          f"{row['throughput']:,.4g}", show_bytes(row["peak_bytes"]))
         for row in found["batches"]
@@ -278,7 +275,7 @@ def bench_lines(found: dict[str, Any]) -> list[str]:
 
 def comparison_text(found: dict[str, Any]) -> tuple[Row, list[Row], list[str]]:
     """The table of `compare_models`, and the verdict."""
-    rows = [
+    rows: list[Row] = [
         (row["model"], show(row["median"]), f"{row['throughput']:,.4g}", f"{row['parameters']:,}",
          show_bytes(row["bytes"]), show_bytes(row["peak_bytes"]))
         for row in found["models"]
@@ -301,7 +298,7 @@ def verdict_line(verdict: str, margin: float) -> str:
 
 def regression_text(found: dict[str, Any]) -> tuple[Row, list[Row], list[str]]:
     """The table of `compare_reports`, and what else differs."""
-    rows = [
+    rows: list[Row] = [
         (row["name"], show(row["before"]), show(row["after"]), f"{row['ratio']:.3f}",
          f"{row['low']:.3f} to {row['high']:.3f}", row["verdict"])
         for row in found["measurements"]

@@ -302,7 +302,7 @@ def compare(
     device: Annotated[str | None, typer.Option(help="Where to compute: cpu, cuda, cuda:1.")] = None,
     as_json: JsonOption = False,
 ) -> None:
-    """Say whether B is faster or slower than A: two networks, timed in turn, or two reports. Status 1: a report's is."""
+    """Say whether B is faster or slower than A: networks, timed in turn, or reports (status 1: something is slower)."""
     from tinytorch.profiling import measure
 
     if Path(a).is_file() and Path(b).is_file():

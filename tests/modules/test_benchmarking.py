@@ -182,10 +182,13 @@ def test_steady_growth_cancels() -> None:
     assert found.ratio == pytest.approx(1, abs=1e-9)
 
 
-def test_verdicts() -> None:
-    for low, high, wanted in ((0.99, 1.01, "equal"), (1.03, 1.05, "slower"), (0.9, 0.97, "faster"),
-                              (1.01, 1.03, "undecided"), (0.97, 1.0, "undecided"), (0.0, math.inf, "undecided")):  # fmt: skip
-        assert verdict(low, high, 0.02) == wanted
+@pytest.mark.parametrize(
+    ("low", "high", "wanted"),
+    [(0.99, 1.01, "equal"), (1.03, 1.05, "slower"), (0.9, 0.97, "faster"), (1.01, 1.03, "undecided"),
+     (0.97, 1.0, "undecided"), (0.0, math.inf, "undecided")],
+)  # fmt: skip
+def test_verdicts(low: float, high: float, wanted: str) -> None:
+    assert verdict(low, high, 0.02) == wanted
 
 
 def test_a_fit_is_least_squares() -> None:
