@@ -36,6 +36,7 @@ from tinytorch.utils.benchmark import (
 
 BATCHES = (1, 8, 64)
 SCENARIOS = ("single-stream", "offline", "server")
+OVER = ("batch", "width", "length", "threads")
 SIZES = {"width": (64, 128, 256, 512), "length": (8, 16, 32, 64)}
 THREADS = ("NUMBA_NUM_THREADS", "OPENBLAS_NUM_THREADS", "OMP_NUM_THREADS", "MKL_NUM_THREADS")
 Row = tuple[str, ...]
@@ -50,7 +51,7 @@ def bench_model(
     """Time a network's answers by batch, and if wanted in a scenario or over a size; write report.json and figures.
 
     Args:
-        scenario: one of SCENARIOS; over: "width", "length" or "threads".
+        scenario: one of SCENARIOS; over: one of OVER, to fit how time grows with it.
         bound: seconds within which 99 of 100 queries of the server must end; ten times one query's median if None.
         seconds: how long each batch is timed.
 
@@ -71,15 +72,10 @@ def bench_model(
         for one, peak in zip(measurements, peaks, strict=True)
     ]  # fmt: skip
     plot_latencies(measurements, out / "latency.png", f"{name}: latency by batch")
-    if len(measurements) >= 3:
-        line = fit_power([one.items for one in measurements], [one.median for one in measurements])
-        found = Scaling(tuple(one.items for one in measurements), tuple(measurements), *line)
-        results["over batch"] = describe_scaling(found)
-        plot_scaling({"": found}, out / "batch.png", "batch", f"{name}: time over batch")
     if scenario:
         results[scenario] = play(scenario, name, work, measurements, bound, out, device)
     if over:
-        found = scaling_of(name, over, device)
+        found = scaling_of(name, over, batches, device)
         results[f"over {over}"] = describe_scaling(found)
         plot_scaling({"": found}, out / f"{over}.png", over, f"{name}: time over {over}")
         measurements += found.measurements
@@ -91,7 +87,7 @@ def bench_model(
 
 def check_choices(scenario: str | None, over: str | None) -> None:
     """UsageError, naming the choices, unless there are such."""
-    for option, value, choices in (("scenario", scenario, SCENARIOS), ("over", over, (*SIZES, "threads"))):
+    for option, value, choices in (("scenario", scenario, SCENARIOS), ("over", over, OVER)):
         if value is not None and value not in choices:
             raise UsageError(f"--{option}: there is no {value!r}; choose {', '.join(choices)}")
 
@@ -144,10 +140,14 @@ def answering(work: Workload) -> Callable[[int], Tensor]:
 # -- over sizes --------------------------------------------------------------------------------------------------------
 
 
-def scaling_of(name: str, over: str, device: str | None) -> Scaling:
-    """How a network's time grows with its width, with the length of its texts, or with the number of threads."""
+def scaling_of(name: str, over: str, batches: Sequence[int], device: str | None) -> Scaling:
+    """How a network's time grows with its batch, its width, the length of its texts, or the number of threads."""
     if over == "threads":
         return over_threads(name, device)
+    if over == "batch":
+        if len(sizes := sorted(set(batches))) < 3:
+            raise UsageError(f"--over batch: needs three sizes, got --batch-size {sizes}")
+        return scaling(lambda batch: workload(name, device, batch).forward, sizes, items=True)
     if over == "width":
         if name not in ("mlp", "cnn", "gpt"):
             raise UsageError(f"--over width: {name} has the width that it was trained with; choose mlp, cnn or gpt")
@@ -257,7 +257,7 @@ def bench_lines(found: dict[str, Any]) -> list[str]:
     for row in found["batches"]:
         if not row["settled"]:
             lines.append(f"batch {row['batch']}: times had not settled, so they are those of this moment only")
-    for what in ("batch", "width", "length", "threads"):
+    for what in OVER:
         if grown := found.get(f"over {what}"):
             lines.append(f"time grows with {what} to the power of {grown['exponent']:.2f} ± {grown['error']:.2f}")
     if single := found.get("single-stream"):

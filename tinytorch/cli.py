@@ -265,7 +265,7 @@ def bench(
         list[int] | None, typer.Option(min=1, help="Inputs in a batch; may be given several times (1, 8, 64).")
     ] = None,
     scenario: Annotated[str | None, typer.Option(help="Of MLPerf: single-stream, offline or server.")] = None,
-    over: Annotated[str | None, typer.Option(help="Fit how time grows: over width, length or threads.")] = None,
+    over: Annotated[str | None, typer.Option(help="Fit how time grows: over batch, width, length or threads.")] = None,
     bound: Annotated[
         float | None, typer.Option(min=0.001, help="Milliseconds that 99 % of a server's queries may take (10 × one).")
     ] = None,

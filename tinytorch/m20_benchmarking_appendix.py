@@ -237,16 +237,17 @@ def differing(before: Report, after: Report) -> list[str]:
 COLOURS, MARKERS = (BLUE, ORANGE, "#009E73", "#CC79A7", "#E69F00", "#56B4E9"), "osD^vP"
 
 
-def time_unit(seconds: float) -> tuple[float, str]:
-    """How many of which unit a second has, for times of about this length."""
-    return (1, "s") if seconds >= 1 else (1e3, "ms") if seconds >= 1e-3 else (1e6, "µs")
+def time_unit(*seconds: float) -> tuple[float, str]:
+    """How many of which unit a second has, for times of about this length; in the middle of several."""
+    middle = quantile(seconds, 0.5)
+    return (1, "s") if middle >= 1 else (1e3, "ms") if middle >= 1e-3 else (1e6, "µs")
 
 
 def plot_latencies(measurements: Sequence[Measurement], path: str | os.PathLike, title: str = "Latency") -> Path:
     """Draw which share of calls takes longer than a time, on logarithmic axes, where tails can be seen."""
     figure = new_figure(7.5, 4.6, title)
     axes = figure.subplots()
-    scale, unit = time_unit(min(one.median for one in measurements))
+    scale, unit = time_unit(*(one.quantile(0.9) for one in measurements))
     dress_axes(axes, f"time of a call ({unit})", "share of calls that take longer")
     for i, one in enumerate(measurements):
         times = sorted(scale * t for t in one.times)
@@ -261,6 +262,7 @@ def plot_latencies(measurements: Sequence[Measurement], path: str | os.PathLike,
                       textcoords="offset points", va="center", fontsize=9, color=GREY)  # fmt: skip
     axes.set_ylim(min(1 / len(one.times) for one in measurements) * 0.8, 1.1)
     plain_ticks(axes.xaxis)
+    axes.yaxis.set_major_formatter(lambda share, _: f"{100 * share:.4g} %")
     if any(one.name for one in measurements):
         axes.legend(frameon=False, fontsize=9)
     return save_figure(figure, path)
@@ -271,8 +273,12 @@ def plain_ticks(axis: Any) -> None:
     from matplotlib.ticker import FuncFormatter, LogLocator, NullLocator
 
     axis.set_major_locator(LogLocator(subs=(1, 2, 5)))
-    axis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:,.4g}"))
+    axis.set_major_formatter(FuncFormatter(plain))
     axis.set_minor_locator(NullLocator())
+
+
+def plain(value: float, _position: float = 0) -> str:
+    return f"{value:,.0f}" if value >= 1000 else f"{value:.4g}"
 
 
 def plot_scaling(
@@ -281,7 +287,7 @@ def plot_scaling(
     """Draw median times with their 95 % intervals over sizes, with the fitted lines, on logarithmic axes."""
     figure = new_figure(7.0, 4.8, title)
     axes = figure.subplots()
-    scale, unit = time_unit(min(one.median for scaling in found.values() for one in scaling.measurements))
+    scale, unit = time_unit(*(one.median for scaling in found.values() for one in scaling.measurements))
     dress_axes(axes, size, f"time of a call ({unit})")
     for i, (name, one) in enumerate(found.items()):
         colour, marker = COLOURS[i % len(COLOURS)], MARKERS[i % len(MARKERS)]
@@ -296,7 +302,7 @@ def plot_scaling(
         axes.plot(ends, [scale * one.factor * end**one.exponent for end in ends], "--", color=colour, linewidth=1)
     axes.set(xscale="log", yscale="log")
     axes.set_xticks(sorted({one for scaling in found.values() for one in scaling.sizes}))
-    axes.xaxis.set_major_formatter(lambda value, _: f"{value:,.4g}")
+    axes.xaxis.set_major_formatter(plain)
     axes.minorticks_off()
     plain_ticks(axes.yaxis)
     axes.legend(frameon=False, fontsize=9)
@@ -316,7 +322,8 @@ def plot_server(found: Mapping[str, ServerResult], path: str | os.PathLike, titl
         axes.semilogy(*zip(*loads, strict=True), marker, color=colour, label=name or None)
         axes.axvline(one.rate, color=colour, linewidth=1, linestyle="--")
         axes.annotate(f"{one.rate:,.4g}/s", (one.rate, 1.0), xycoords=("data", "axes fraction"), color=colour,
-                      xytext=(3, -4 - 12 * i), textcoords="offset points", va="top", fontsize=9)  # fmt: skip
+                      xytext=(3, -4 - 12 * i), textcoords="offset points", va="top", fontsize=9,
+                      bbox={"facecolor": "white", "edgecolor": "none", "pad": 0.8})  # fmt: skip
     for bound in sorted({one.bound for one in found.values()}):
         axes.axhline(scale * bound, color=GREY, linewidth=1)
         axes.annotate("bound", (0.0, scale * bound), xycoords=("axes fraction", "data"), xytext=(4, 3),
@@ -333,22 +340,27 @@ def plot_pareto(candidates: Sequence[Candidate], path: str | os.PathLike, title:
     figure = new_figure(7.5, 5.0, title)
     axes = figure.subplots()
     front, largest = pareto_front(candidates), max(one.size for one in candidates)
-    scale, unit = time_unit(min(one.latency for one in candidates))
+    scale, unit = time_unit(*(one.latency for one in candidates))
     dress_axes(axes, f"time of a call ({unit})", "accuracy (%)")
-    for one in candidates:
-        chosen = one in front
-        area = 40 + 900 * one.size / largest
-        axes.scatter(scale * one.latency, 100 * one.accuracy, area, color=BLUE if chosen else "#C8C8C8", alpha=0.6,
-                     edgecolors=BLUE if chosen else GREY)  # fmt: skip
-        axes.annotate(f"{one.name}\n{megabytes(one.size)}", (scale * one.latency, 100 * one.accuracy),
-                      xytext=(0, -6 - math.sqrt(area) / 2), textcoords="offset points", ha="center", va="top",
-                      fontsize=9, color="black" if chosen else GREY)  # fmt: skip
-    axes.plot([scale * one.latency for one in front], [100 * one.accuracy for one in front], ":", color=BLUE)
+    placed: list[Candidate] = []
+    spread = max(one.accuracy for one in candidates) - min(one.accuracy for one in candidates)
+    for one in sorted(candidates, key=lambda one: one.latency):
+        colour, area = BLUE if one in front else GREY, 40 + 900 * one.size / largest
+        near = [other for other in placed if one.latency < 1.25 * other.latency
+                and abs(one.accuracy - other.accuracy) <= 0.1 * spread]  # fmt: skip
+        side = 1 if len(near) % 2 else -1  # above what it would cover
+        place = scale * one.latency, 100 * one.accuracy
+        axes.scatter(*place, area, color=colour, alpha=0.6 if one in front else 0.2, edgecolors=colour)
+        axes.annotate(f"{one.name}\n{megabytes(one.size)}", place, xytext=(0, side * (6 + math.sqrt(area) / 2)),
+                      textcoords="offset points", ha="center", va="bottom" if side > 0 else "top", fontsize=9,
+                      color="black" if one in front else GREY)  # fmt: skip
+        placed.append(one)
+    best = [one for k, one in enumerate(front) if all(one.accuracy > before.accuracy for before in front[:k])]
+    axes.plot([scale * one.latency for one in best], [100 * one.accuracy for one in best], ":", color=BLUE)
     axes.set_xscale("log")
     axes.margins(0.15, 0.25)
     plain_ticks(axes.xaxis)
-    axes.set_title("blue: no other is better in one and as good in the rest; area: bytes on disk", fontsize=9,
-                   color=GREY)  # fmt: skip
+    axes.set_title("blue: no other is as fast, small and accurate; area: bytes on disk", fontsize=9, color=GREY)
     return save_figure(figure, path)
 
 
