@@ -1,4 +1,8 @@
+<<<<<<< HEAD
 """The command `tinytorch`: what a reader, a user and a teacher call from a shell.
+=======
+"""The command `tinytorch`: `doctor`, `modules`, `test`, `milestone`, `show`, `predict`, `generate`, `bench` and more.
+>>>>>>> m20
 
 Whatever takes time to import is imported inside the command that needs it.
 """
@@ -295,6 +299,68 @@ def warmup(as_json: JsonOption = False) -> None:
     slowest = sorted(rows, key=lambda row: -row["seconds"])[:5]
     print_rows(("the slowest", "seconds"), [(row["kernel"], f"{row['seconds']:.2f}") for row in slowest])
     print(f"{len(rows)} kernels are ready, after {sum(row['seconds'] for row in rows):.1f} s.")
+
+
+@app.command(epilog="Examples: tinytorch bench cnn; tinytorch bench runs/tinygpt --batch-size 1 --scenario server")
+def bench(
+    model: Annotated[str, typer.Argument(metavar="MODEL", help="mlp, cnn, gpt, or the folder of a trained network.")],
+    batch_size: Annotated[
+        list[int] | None, typer.Option(min=1, help="Inputs in a batch; may be given several times (1, 8, 64).")
+    ] = None,
+    scenario: Annotated[str | None, typer.Option(help="Of MLPerf: single-stream, offline or server.")] = None,
+    over: Annotated[str | None, typer.Option(help="Fit how time grows: over batch, width, length or threads.")] = None,
+    bound: Annotated[
+        float | None, typer.Option(min=0.001, help="Milliseconds that 99 % of a server's queries may take (10 × one).")
+    ] = None,
+    seconds: Annotated[float, typer.Option(min=0.01, help="How long each batch is timed.")] = 1.0,
+    out: Annotated[Path | None, typer.Option(help="Folder for the report and figures (runs/bench/MODEL).")] = None,
+    device: Annotated[str | None, typer.Option(help="Where to compute: cpu, cuda, cuda:1.")] = None,
+    as_json: JsonOption = False,
+) -> None:
+    """Time a network: percentiles with intervals, throughput, memory; write a report with every time."""
+    from tinytorch.profiling import measure
+
+    folder = out or Path("runs", "bench", Path(model).name)
+    bound = bound and bound / 1e3
+    found = _or_fail(
+        measure.bench_model, model, batch_size or measure.BATCHES, scenario, over, bound, seconds, folder, device
+    )
+    if as_json:
+        print(json.dumps(found, indent=2))
+        return
+    print_rows(*measure.bench_rows(found))
+    for line in measure.bench_lines(found):
+        print(line)
+    print(f"report and figures: {folder}")
+
+
+@app.command(epilog="Examples: tinytorch compare runs/a runs/b; tinytorch compare before/report.json report.json")
+def compare(
+    a: Annotated[str, typer.Argument(metavar="A", help="A network as for bench, or a report.json that it wrote.")],
+    b: Annotated[str, typer.Argument(metavar="B", help="Another one, or a later report.")],
+    batch_size: Annotated[int, typer.Option(min=1, help="Inputs in a batch.")] = 64,
+    margin: Annotated[
+        float | None, typer.Option(min=0.001, help="Up to which difference they are equal (0.02; reports 0.1).")
+    ] = None,
+    device: Annotated[str | None, typer.Option(help="Where to compute: cpu, cuda, cuda:1.")] = None,
+    as_json: JsonOption = False,
+) -> None:
+    """Say whether B is faster or slower than A: networks, timed in turn, or reports (status 1: something is slower)."""
+    from tinytorch.profiling import measure
+
+    if Path(a).is_file() and Path(b).is_file():
+        found = _or_fail(measure.compare_reports, Path(a), Path(b), margin or 0.1)
+        headers, rows, lines = measure.regression_text(found)
+    else:
+        found = _or_fail(measure.compare_models, a, b, batch_size, margin or 0.02, device)
+        headers, rows, lines = measure.comparison_text(found)
+    if as_json:
+        print(json.dumps(found, indent=2))
+    else:
+        print_rows(headers, rows)
+        for line in lines:
+            print(line)
+    raise typer.Exit(int(found.get("regressed", False)))
 
 
 def _or_fail(function: Any, *arguments: Any, **options: Any) -> Any:

@@ -337,6 +337,21 @@ MODULES = (
         checkpoint="Write a token in the time of reading one, whatever the text before it",
         exports={"": "KVCache caching bytes_per_token speculative_generate"},
     ),
+    Module(
+        number=20,
+        name="benchmarking",
+        title="Benchmarking",
+        part="Systems",
+        checkpoint="Say which of two programs is faster, and by how much, and be right",
+        exports={
+            "utils.benchmark": """
+                benchmark Measurement Timer memory_of quantile interval compare Comparison scaling Scaling fit_power
+                offline serve server Load ServerResult Candidate pareto_front SimulatedMachine
+                Report save_report load_report regressions Regression
+                plot_latencies plot_scaling plot_server plot_pareto
+            """
+        },
+    ),
 )
 
 FACES = (
@@ -357,6 +372,7 @@ FACES = (
     "quantization",
     "transforms",
     "utils",
+    "utils.benchmark",
     "utils.checkpoint",
     "utils.data",
 )

@@ -134,12 +134,12 @@ def seconds(function: Callable, *args: Any, repeat: int = 5) -> float:
     return statistics.median(_elapsed(function, args, calls) for _ in range(repeat)) / calls
 
 
-def _elapsed(function: Callable, args: tuple, calls: int) -> float:
-    start = time.perf_counter()
+def _elapsed(function: Callable, args: tuple, calls: int, clock: Callable[[], float] = time.perf_counter) -> float:
+    start = clock()
     for _ in range(calls):
         result = function(*args)
     _finish(result)
-    return time.perf_counter() - start
+    return clock() - start
 
 
 def _finish(result: Any) -> None:

@@ -32,7 +32,7 @@ def start(root: Path, *arguments: str, **environment: str) -> subprocess.Complet
 @pytest.mark.parametrize(
     "command",
     [[], ["doctor"], ["modules"], ["test"], ["milestone"], ["milestone", "list"], ["milestone", "run"], ["show"],
-     ["show", "data"], ["predict"], ["generate"], ["profile"], ["quantize"]],
+     ["show", "data"], ["predict"], ["generate"], ["profile"], ["quantize"], ["bench"], ["compare"]],
     ids=lambda words: " ".join(words) or "tinytorch",
 )  # fmt: skip
 def test_help_has_an_example(command: list[str], capsys: pytest.CaptureFixture[str]) -> None:
@@ -59,6 +59,14 @@ def test_help_has_an_example(command: list[str], capsys: pytest.CaptureFixture[s
         (["predict", "runs"], "PICTURE"),
         (["predict", "nowhere/at all", "a.png"], "nowhere/at all holds no trained network"),
         (["predict", "runs", "a.png", "--top", "0"], "--top"),
+        (["bench"], "MODEL"),
+        (["bench", "lstm"], "there is no network 'lstm': name mlp, cnn, gpt or the folder of a run"),
+        (["bench", "mlp", "--scenario", "multi"], "no 'multi'; choose single-stream, offline, server"),
+        (["bench", "mlp", "--over", "depth"], "no 'depth'; choose batch, width, length, threads"),
+        (["bench", "mlp", "--batch-size", "0"], "--batch-size"),
+        (["compare", "mlp"], "B"),
+        (["compare", "mlp", "lstm"], "there is no network 'lstm'"),
+        (["compare", "README.md", "README.md"], "README.md is no report of a benchmark"),
         (["generate"], "RUN"),
         (["generate", "nowhere/at all"], "nowhere/at all holds no language model"),
         (["generate", "runs", "--tokens", "0"], "--tokens"),

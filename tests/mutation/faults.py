@@ -32,6 +32,7 @@ CHAPTER_TESTS = {
     "15": ("tinytorch/m15_*.py", "tests/modules/test_profiling.py", "tests/checkpoints/test_15_*.py"),
     "17": ("tinytorch/m17_*.py", "tests/modules/test_quantization.py", "tests/checkpoints/test_17_*.py"),
     "18": ("tinytorch/m18_*.py", "tests/modules/test_compression*.py", "tests/checkpoints/test_18_*.py"),
+    "20": ("tinytorch/m20_*.py", "tests/modules/test_benchmarking.py", "tests/checkpoints/test_20_*.py"),
     "backends": ("tests/backends", EDGES, "tests/modules/test_tensor*.py", "tests/modules/test_autograd*.py"),
 }
 VALUES = ("tests/ops/test_ops.py::test_limits", "tests/ops/test_ops.py::test_values_and_dtypes")
@@ -88,6 +89,8 @@ def faults_in(file: str, *rows: tuple[str, str, str], tests: tuple[str, ...] = (
     """Faults of one file, (old, new, what) each; seen by the tests of its floor or kernel unless others are named."""
     if file.startswith("kernels/"):
         own: tuple[str, ...] = (f"tests/kernels/test_{Path(file).name}",)
+    elif file.startswith("profiling/"):
+        own = (f"tests/performance/test_{Path(file).name}",)
     else:
         own = CHAPTER_TESTS["backends" if file.startswith("backends/") else Path(file).name[1:3]]
     return [Fault(file, old, new, what, tests or own, devices) for old, new, what in rows]
@@ -1916,6 +1919,69 @@ COMPRESSION = [
     ),
 ]  # fmt: skip
 
+BENCHMARKING = [
+    *faults_in(
+        "tinytorch/m20_benchmarking.py",
+        ("    rest = place - below\n", "    rest = 0.0\n", "quantiles lie on times, never between two"),
+        ("if total > risk)\n    high", "if total > 2 * risk)\n    high", "the lower bound takes all of the risk"),
+        ("return low, high + 1", "return low, high", "the upper bound is one rank too low"),
+        ("share = bits.bit_count() / n ", "share = q ", "equal times count as dependent"),
+        ("return max(1, int(n / (1 + 2 * total)))", "return n", "times that depend on each other count in full"),
+        ("rank = [bisect_left(ordered, t) for t in times]", "rank = list(times)",
+         "one outlier decides what the warm-up is"),
+        ("/ kept**2\n", "/ kept\n", "to leave out more costs nothing"),
+        ("if start <= n // 2 and error <= best", "if error <= best", "all but one time may be a warm-up"),
+        ("tuple(times[skipped:]), name", "tuple(times), name", "the warm-up is part of the measurement"),
+        ("return self.items / self.mean", "return self.items / self.median", "slow calls do not cost throughput"),
+        ("return [t / self.number_per_run for t in self.raw_times]", "return list(self.raw_times)",
+         "a sample of several calls counts as one"),
+        ("if settled := skipped < len(times) // 2", "if settled := True", "nobody waits for times to settle"),
+        ("result = function(*args)\n        held, peak", "function(*args)\n        result = held, peak",
+         "the result is not held"),
+        ("order = (0, 1, 1, 0) if chance.random() < 0.5 else (1, 0, 0, 1)", "order = (0, 1, 0, 1)",
+         "b always comes second"),
+        ("calls[i], clock) / calls[i] for i in order", "calls[i], clock) for i in order",
+         "samples of several calls are compared as one"),
+        ("(t, u) if i == 0 else (u, t)", "(t, u)", "whoever came first is a"),
+        ("        benchmark(function, seconds=WARM_UP, clock=clock)\n", "        pass\n",
+         "candidates are compared cold"),
+        ("if low > slowest or high < fastest:\n        return \"slower\" if low > slowest",
+         "if low > 1 or high < 1:\n        return \"slower\" if low > 1", "the margin is no part of the verdict"),
+        ("\"equal\" if fastest < low and high < slowest", "\"equal\" if low < 1 < high",
+         "what cannot be told apart is equal"),
+        ("        chance.shuffle(order)\n", "", "sizes are always measured in one order"),
+        ("residue / sum((a - mean) ** 2 for a in x)", "residue / sum(a**2 for a in x)",
+         "an exponent's error depends on the unit of sizes"),
+        ("/ (len(x) - 2)", "/ len(x)", "two fitted numbers cost no freedom"),
+        ("start = max(end, arrivals[served])", "start = arrivals[served]", "the server does all at once"),
+        ("bisect_right(arrivals, start)", "queries", "the server knows who will come"),
+        ("latencies += [end - arrival for arrival in batch]", "latencies += [taken for arrival in batch]",
+         "waiting is no latency"),
+        ("while low and not holds(low, seed + 1 + tries)", "while False", "a rate that held once is believed"),
+        ("return mine != theirs and all", "return all", "twins dominate each other"),
+    ),
+    *faults_in(
+        "tinytorch/m20_benchmarking_appendix.py",
+        ("self._timer.timeit(max(number // 100, 2))\n", "pass\n", "the Timer begins cold"),
+        ("return middle - math.hypot(a[0] - a[1], b[2] - b[0])", "return middle - (a[0] - a[1])",
+         "the earlier report is certain"),
+        ('row["first"] = math.nan if row["first"] is None else row["first"]\n', "pass\n", "nan comes back as None"),
+        ("earlier = {one.name: one for one in before.measurements}",
+         "earlier = {one.name: one for one in after.measurements}", "a report is compared with itself"),
+        ("return None if isinstance(value, float) and not math.isfinite(value) else value", "return value",
+         "infinite bounds cannot be written"),
+    ),
+    *faults_in(
+        "profiling/measure.py",
+        ("tinytorch.save(work.model.state_dict(), path)", "tinytorch.save({}, path)", "weights weigh nothing"),
+        ("work.model(*(x[:count] for x in work.inputs))", "work.model(*work.inputs)",
+         "one query costs as much as a batch"),
+        ("any(one.verdict == \"slower\" for one in found)", "any(one.verdict == \"faster\" for one in found)",
+         "what became faster is a regression"),
+        ("environment |= dict.fromkeys(THREADS, str(threads))\n", "pass\n", "all processes have all threads"),
+    ),
+]  # fmt: skip
+
 FAULTS = [*TENSOR, *BACKENDS, *ACTIVATIONS, *LAYERS, *LOSSES, *AUTOGRAD, *OPTIMIZERS, *TRAINING, *SPATIAL, *SEEDED,
           *DATALOADER, *DATALOADER_APPENDIX, *TOKENIZATION, *EMBEDDINGS, *ATTENTION, *TRANSFORMERS, *ROWS,
-          *TRANSFORMERS_APPENDIX, *ACCELERATION, *KERNELS, *PROFILE, *PROFILING, *QUANTIZATION, *COMPRESSION]
+          *TRANSFORMERS_APPENDIX, *ACCELERATION, *KERNELS, *PROFILE, *PROFILING, *QUANTIZATION, *COMPRESSION, *BENCHMARKING]

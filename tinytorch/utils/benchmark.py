@@ -1,0 +1,15 @@
+"""Times that can be trusted: `torch.utils.benchmark`, and comparisons, scaling, load, reports."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from tinytorch.curriculum import face_dir, face_getattr
+
+
+def __getattr__(name: str) -> Any:
+    return face_getattr(globals(), name)
+
+
+def __dir__() -> list[str]:
+    return face_dir(__name__)
