@@ -1,8 +1,4 @@
-<<<<<<< HEAD
 """The command `tinytorch`: what a reader, a user and a teacher call from a shell.
-=======
-"""The command `tinytorch`: `doctor`, `modules`, `test`, `milestone`, `show`, `predict`, `generate`, `bench` and more.
->>>>>>> m20
 
 Whatever takes time to import is imported inside the command that needs it.
 """

@@ -122,7 +122,18 @@ def test_import_linter_knows_every_module(root) -> None:
 
 def test_the_faces_on_disk_are_those_of_the_table(root) -> None:
     package = root / "tinytorch"
-    folders = ("autograd", "compression", "cuda", "datasets", "nn", "optim", "profiler", "quantization", "transforms", "utils")
+    folders = (
+        "autograd",
+        "compression",
+        "cuda",
+        "datasets",
+        "nn",
+        "optim",
+        "profiler",
+        "quantization",
+        "transforms",
+        "utils",
+    )
     files = [path for folder in folders for path in (package / folder).rglob("*.py")]
     found = {
         str(path.relative_to(package).with_suffix("")).replace("/", ".").removesuffix(".__init__") for path in files
