@@ -39,7 +39,7 @@ class Subject:
     Attributes:
         inputs: a batch to measure latency with.
         quality: of a network, and `measure`, what that is.
-        static: makes it int8 after looking at some inputs; None: there is no need to look.
+        static: makes such a network int8 after a look at so many inputs; None: there is no need to look.
         about: what `read_quantized` is to know. files: of the run, that whoever uses it needs, too.
     """
 
@@ -47,7 +47,7 @@ class Subject:
     inputs: Tensor
     quality: Callable[[nn.Module], float]
     measure: str
-    static: Callable[[int], nn.Module] | None
+    static: Callable[[nn.Module, int], nn.Module] | None
     about: dict[str, Any]
     files: Sequence[str] = ()
 
@@ -74,7 +74,9 @@ def quantize_run(
     if bits == 4:
         small = quantize_int4(subject.model)
     else:
-        small = subject.static(calibrate or CALIBRATE) if subject.static else quantize_dynamic(subject.model)
+        small = (
+            subject.static(subject.model, calibrate or CALIBRATE) if subject.static else quantize_dynamic(subject.model)
+        )
     file = write_quantized(out, small, subject.about)
     for name in subject.files:
         shutil.copyfile(folder / name, out / name)
@@ -125,10 +127,10 @@ def picture_subject(folder: Path, root: Path | None) -> Subject:
         return right / len(test)
 
     @tinytorch.no_grad()
-    def static(count: int) -> nn.Module:
+    def static(model: nn.Module, count: int) -> nn.Module:
         some = range(0, len(training), max(1, len(training) // count))  # not the first, which may be of one kind
         batches: Iterable = DataLoader(Subset(training, some[:count]), batch_size=100)
-        ready = prepare(fold_batch_norm(reader.model, inputs))
+        ready = prepare(fold_batch_norm(model, inputs))
         for x, _ in batches:
             ready(x)
         return convert(ready)

@@ -372,15 +372,10 @@ def describe_kernels() -> dict[str, Any]:
     }  # fmt: skip
 
 
-EXAMPLES: dict[str, Callable[[int], tuple[tuple, dict[str, Any]]]] = {}  # of operations of later modules, by name
-
-
 def example(kernel: Kernel, count: int) -> tuple[tuple, dict[str, Any]]:
     """Inputs and attributes that a kernel takes: `count` pictures, or rows; norms take pictures if it is even."""
     if kernel.example is not None:
         return kernel.example(count)
-    if kernel.op.name in EXAMPLES:
-        return EXAMPLES[kernel.op.name](count)
     channels, side = (16, 64 if count < 64 else 8) if "winograd" in kernel.place else (4, 16)  # the least that it takes
     windows = lay_windows("warmup", (side, side), (3, 3), (1, 1), ((1, 1), (1, 1)), (1, 1))
     halves = lay_windows("warmup", (16, 16), (2, 2), (2, 2), ((0, 0), (0, 0)), (1, 1))

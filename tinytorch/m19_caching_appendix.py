@@ -7,7 +7,7 @@ from typing import Any
 from tinytorch.m02_tensor import zeros
 from tinytorch.m14_transformers import GPT, GPTConfig
 from tinytorch.m16_acceleration import attach
-from tinytorch.m16_acceleration_appendix import ARRAY, CPU, EXAMPLES, FLOATS
+from tinytorch.m16_acceleration_appendix import ARRAY, CPU, FLOATS
 from tinytorch.m19_caching import Store, decode, packed
 
 
@@ -17,9 +17,6 @@ def decodes(*arrays: Any, config: Any) -> bool:
         if x is not None and (type(x) is not ARRAY or x.dtype.char not in "fl" or not x.flags.c_contiguous):
             return False
     return arrays[0].dtype.char == arrays[8].dtype.char == "l" and arrays[1].dtype.char == "f"
-
-
-attach(decode, "numpy", f"{CPU}.decoding:decode", decodes, FLOATS)
 
 
 def decoding_example(count: int) -> tuple[tuple, dict[str, Any]]:
@@ -34,4 +31,4 @@ def decoding_example(count: int) -> tuple[tuple, dict[str, Any]]:
     return inputs, {"config": config}
 
 
-EXAMPLES["decode"] = decoding_example
+attach(decode, "numpy", f"{CPU}.decoding:decode", decodes, FLOATS, decoding_example)
