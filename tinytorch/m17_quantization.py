@@ -333,7 +333,7 @@ def linear_example(count: int) -> tuple[tuple, dict[str, Any]]:
     return (bytes_like(16 * count, 64), tensor(0.1).data, 3, bytes_like(100, 64), scales, bias), {}
 
 
-KERNELS, PACKERS = "tinytorch.kernels.cpu", dict[Op, Callable[[Any], Any]]()
+CPU, PACKERS = "tinytorch.kernels.cpu", dict[Op, Callable[[Any], Any]]()
 for _operation, _place, _when, _why, _example in (
     (quantize, "rounding:quantize", rounds, "float32, one scale, from 1,024 elements",
      lambda count: ((randn(count, 1024).data, tensor(0.02).data, 3), {})),
@@ -341,12 +341,12 @@ for _operation, _place, _when, _why, _example in (
      lambda count: ((randn(count, 1024).data,), {})),
     (int8_linear, "quantized:int8_linear", multiplies, "int8, from 4,096 products", linear_example),
 ):  # fmt: skip
-    attach(_operation, "numpy", f"{KERNELS}.{_place}", _when, _why, _example)
+    attach(_operation, "numpy", f"{CPU}.{_place}", _when, _why, _example)
 
 
 def packer(place: str) -> Callable[[Any], Any]:
     """Lays a weight out for a kernel, where kernels run; None elsewhere."""
-    return lambda array: load(f"{KERNELS}.{place}")(array) if kernels_enabled() and whole(array) else None
+    return lambda array: load(f"{CPU}.{place}")(array) if kernels_enabled() and whole(array) else None
 
 
 PACKERS[int8_linear] = packer("quantized:pack")
@@ -567,8 +567,10 @@ class QuantizedConv2d(Int8Layer):
         self.hold((out_channels, in_channels, *kernel_size), bias, static=True)
 
     def forward(self, x: Tensor) -> Tensor:
+        if x.ndim == 3:
+            return self.forward(x.unsqueeze(0))[0]
         if x.ndim != 4 or x.shape[1] != self.in_channels:
-            raise ValueError(f"QuantizedConv2d: expected (N, {self.in_channels}, H, W), got {x.shape}")
+            raise ValueError(f"QuantizedConv2d: expected ([N,] {self.in_channels}, H, W), got {x.shape}")
         return self.compute(x, windows=self.windows(x.shape))
 
     def windows(self, shape: tuple[int, ...]) -> Windows:

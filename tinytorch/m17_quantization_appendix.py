@@ -1,4 +1,4 @@
-"""Module 17, appendix: weights of four bits, quantized networks from files, and the kernels for int8.
+"""Module 17, appendix: weights of four bits, quantized networks from files, and kernels for pictures of int8.
 
 Four bits are for weights alone: two in a byte, with a scale for each group of a row's. They become floats when they are
 used, which pays where a weight is fetched for a few rows only, as when a language model writes.
@@ -20,7 +20,7 @@ from tinytorch.m12_embeddings import Embedding, LearnedPositions
 from tinytorch.m16_acceleration import attach
 from tinytorch.m16_acceleration_appendix import single
 from tinytorch.m17_quantization import (
-    KERNELS,
+    CPU,
     PACKERS,
     QuantizedConv2d,
     QuantizedEmbedding,
@@ -221,7 +221,7 @@ for _operation, _place, _when, _why, _example in (
     (max_pool, "quantized_convolution:max_pool", pools_bytes, "int8, channels side by side", pool_example),
     (int4_linear, "rounding:int4_linear", multiplies_halves, "float32, up to 32 rows", halves_example),
 ):  # fmt: skip
-    attach(_operation, "numpy", f"{KERNELS}.{_place}", _when, _why, _example)
+    attach(_operation, "numpy", f"{CPU}.{_place}", _when, _why, _example)
 
 
 PACKERS[int8_convolution] = packer("quantized_convolution:pack_filters")

@@ -45,7 +45,7 @@ def accuracy(net: Module) -> float:
 def test_a_network_becomes_a_quarter_of_its_size_and_reads_as_well(tmp_path: Path) -> None:
     manual_seed(0)
     net = network()
-    train(net, 6, lr=0.05)
+    train(net, 4, lr=0.05)
     pictures, exact = digits(train=True)[0], accuracy(net.eval())
     assert exact > 0.95
     folded = fold_batch_norm(net, pictures[:8])

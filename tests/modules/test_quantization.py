@@ -327,5 +327,7 @@ def test_errors_say_what_would_be_right() -> None:
     with pytest.raises(ValueError, match="a multiple of the group, an even number, got 12 and 32"):
         quantization.Int4Linear(12, 4)
     conv = calibrated(nn.Sequential(nn.Conv2d(2, 3, 3)), t.randn(2, 2, 5, 5))
-    with pytest.raises(ValueError, match=r"QuantizedConv2d: expected \(N, 2, H, W\), got \(2, 5, 5\)"):
-        conv(t.randn(2, 5, 5))
+    with pytest.raises(ValueError, match=r"QuantizedConv2d: expected \(\[N,\] 2, H, W\), got \(1, 3, 5, 5\)"):
+        conv(t.randn(3, 5, 5))
+    x = t.randn(2, 5, 5)
+    assert conv(x).tolist() == conv(x.unsqueeze(0))[0].tolist()
