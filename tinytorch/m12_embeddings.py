@@ -383,8 +383,12 @@ class LearnedPositions(Module):
         self.weight = Parameter(empty(length, dim, dtype=dtype, device=device))
         normal_(self.weight, std=std)
 
+    def rows(self, index: Any) -> Tensor:
+        """The vectors of some positions."""
+        return self.weight[index]
+
     def forward(self, x: Tensor, offset: int = 0) -> Tensor:
-        return x + self.weight[positions_of("LearnedPositions", x, offset, *self.weight.shape)]
+        return x + self.rows(positions_of("LearnedPositions", x, offset, *self.weight.shape))
 
     def extra_repr(self) -> str:
         return ", ".join(map(str, self.weight.shape))

@@ -31,7 +31,7 @@ from tinytorch.m06_autograd import gradient, no_grad
 from tinytorch.m07_optimizers import AdamW
 from tinytorch.m08_training import evaluating
 from tinytorch.m09_spatial import normalize
-from tinytorch.m12_embeddings import Embedding, LearnedPositions, RotaryEmbedding, embedding_lookup, rotate
+from tinytorch.m12_embeddings import Embedding, LearnedPositions, RotaryEmbedding, rotate
 from tinytorch.m13_attention import SelfAttention, merge_heads, scaled_dot_product_attention
 from tinytorch.m13_attention_appendix import cached_attention
 from tinytorch.m14_transformers import (
@@ -283,7 +283,7 @@ class KVCache:
         self.model, self.window, self.tokens = model, window, list[list[int]]()
         limit = context if window is None else window
         groups, features = attention.num_kv_heads, attention.head_dim
-        self.store = Store(len(model.blocks), groups, features, limit, block, model.tokens.weight)
+        self.store = Store(len(model.blocks), groups, features, limit, block, model.blocks[0].norm1.weight)
 
     @cached_property
     def packed(self) -> tuple[Any, ...] | None:
@@ -347,7 +347,7 @@ class KVCache:
         ids = tensor([row + [0] * (max(counts) - len(row)) for row in new], device=model.tokens.weight.device)
         x = model.tokens(ids)
         if model.positions is not None:
-            x = x + embedding_lookup(plan.positions, model.positions.weight)
+            x = x + model.positions.rows(plan.positions)
         with evaluating(model):
             for layer, block in enumerate(model.blocks):
                 x = block(x, partial(attend, attention=block.attention, layer=layer, store=self.store, plan=plan))
