@@ -1,4 +1,4 @@
-"""The command `tinytorch`: `doctor`, `modules`, `test`, `milestone`, `predict`, `generate`, `profile`, `kernels` and more.
+"""The command `tinytorch`: `doctor`, `modules`, `test`, `milestone`, `predict`, `generate`, `profile` and more.
 
 Whatever takes time to import is imported inside the command that needs it.
 """

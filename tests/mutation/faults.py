@@ -1354,6 +1354,8 @@ PROFILING = [
     ),
     *faults_in(
         "tinytorch/m15_profiling_appendix.py",
+        ("[min(peak, i * rate) / 1e9 for i in intensities]", "[max(peak, i * rate) / 1e9 for i in intensities]",
+         "a roof of the larger of both limits"),
         ("windows: 2 * count(largest)", "windows: count(largest)", "additions to maxima's places are not counted"),
         ("query.shape[1] * int(lengths.sum())", "query.shape[1] * key.shape[2] * len(lengths)",
          "places of the cache that are empty count"),
@@ -1414,8 +1416,6 @@ ACCELERATION = [
         ("    KERNELS.append(kernel)\n", "    KERNELS.insert(0, kernel)\n", "KERNELS is not in the order of attaching"),
         ("places.append(max(rate, places[-1] * 1.36))", "places.append(max(rate, places[-1] * 1.05))",
          "names cover each other in the figure"),
-        ("[min(peak, i * rate) / 1e9 for i in intensities]", "[max(peak, i * rate) / 1e9 for i in intensities]",
-         "a roof of the larger of both limits"),
         ('peak = machine.peak[name not in ("registers", *dict(STEPS))]', "peak = machine.peak[0]",
          "all cores are compared with the peak of one"),
     ),
