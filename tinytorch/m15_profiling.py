@@ -423,8 +423,7 @@ def test_a_place_is_a_line_and_a_layer() -> None:
 
 # %% [markdown]
 # ### An event for each call
-# What is kept of a call is small: numbers, names and shapes, never arrays. The observer itself takes time, too. It
-# stops its own clock, so that what it costs has a row of its own and is not charged to anyone else.
+# Of a call we keep numbers, names and shapes, never arrays. What the observer itself costs is charged to no one else.
 
 
 # %%
@@ -783,9 +782,10 @@ def format_table(p: Profile, sort_by: str, rows: int | None, by: str) -> str:
         own = [*own[:most], others]
     lines: list[list[Any]] = []
     for row in (*own, *found[-2:]):
-        rate = f"{row.flops / row.self / 1e9:,.1f}" if row.flops and row.self else ""
+        counted = (row.flops / 1e6, row.flops / row.self / 1e9) if row.flops and row.self else ()
+        flops = [f"{value:,.1f}" for value in counted] or ["", ""]
         lines.append([row.name, "backward" if row.backward else "", row.calls, f"{1e3 * row.self:.3f}",
-                      f"{row.self / p.total_seconds:.1%}", f"{1e3 * row.total:.3f}", f"{row.flops / 1e6:,.1f}", rate,
+                      f"{row.self / p.total_seconds:.1%}", f"{1e3 * row.total:.3f}", *flops,
                       f"{row.moved / 1e6:,.2f}", f"{row.made / 1e6:,.2f}"])  # fmt: skip
         if any(row.device for row in found):
             lines[-1].append(f"{1e3 * row.device:.3f}")
@@ -846,12 +846,12 @@ def analyze() -> None:
     for cores, peak, rate in zip((1, machine.cores), machine.peak, machine.bandwidth, strict=True):
         bend = peak / rate
         print(f"{cores} core{'s' * (cores > 1)}: {peak / 1e9:,.0f} GFLOP/s, {rate / 1e9:.0f} GB/s; bend at {bend:.0f}")
-    labels, rows = tensor([i % 10 for i in range(64)]), []
+    labels, rows = tensor([i % 10 for i in range(16)]), []
     small = Sequential(Linear(784, 128), Linear(128, 10))
-    for name, net, x in (("CNN", SimpleCNN(), randn(64, 3, 32, 32)), ("784-128-10", small, randn(64, 784))):
+    for name, net, x in (("CNN", SimpleCNN(), randn(16, 3, 32, 32)), ("784-128-10", small, randn(16, 784))):
         step = training_step(net, x, labels)
         off, on = [best(step)], []
-        for _ in range(5):  # in turn, so that both see the same machine
+        for _ in range(3):  # in turn, so that both see the same machine
             with Profile() as p:
                 on.append(best(step))
             off.append(best(step))
@@ -859,7 +859,7 @@ def analyze() -> None:
             step()
         rows.append([name, len(p.events), min(off) * 1e3, min(on) * 1e3, f"{min(on) / min(off) - 1:.1%}",
                      (min(on) - min(off)) / len(p.events) * 1e6, p.peak_memory / 1e6])  # fmt: skip
-        print(f"\n{name}, a step at batch 64:\n{p.table(rows=8)}", end="")
+        print(f"\n{name}, a step at batch 16:\n{p.table(rows=8)}", end="")
     print()
     print_table(["a step of", "events", "off, ms", "on, ms", "overhead", "µs an event", "MB at the peak"], rows)
 
