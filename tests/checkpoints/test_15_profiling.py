@@ -31,12 +31,18 @@ class Wasteful(Module):
 def test_the_profile_finds_what_is_slow() -> None:
     manual_seed(0)
     net, x = Wasteful(), randn(256, 64)
-    net(x).sum().backward()
-    with profile() as p:
-        net(x).sum().backward()
-    layers = sorted(summarize(p, "module")[:-2], key=lambda row: -row.self)
-    assert {row.name for row in layers[:2]} <= {"Wasteful.slow.0 (Linear)", "Wasteful.slow.1 (Linear)"}
-    assert layers[0].flops == 2 * 2 * 256 * 64 * 1024 or not layers[0].backward
+    shortest: dict[str, float] = {}
+    for _ in range(7):  # other programs only ever make a call longer
+        with profile() as p:
+            net(x).sum().backward()
+        for row in summarize(p, "module"):
+            if not row.backward and row.flops:
+                shortest[row.name] = min(row.self, shortest.get(row.name, row.self))
+    quick, slow = "Wasteful.quick (Linear)", ["Wasteful.slow.0 (Linear)", "Wasteful.slow.1 (Linear)"]
+    assert min(shortest[name] for name in slow) > 2 * shortest[quick]
+    flops = {(row.name, row.backward): row.flops for row in summarize(p, "module")}
+    assert flops[slow[0], False] == 2 * 256 * 64 * 1024
+    assert flops[slow[0], True] == 2 * flops[slow[0], False]
 
 
 def test_arithmetic_of_a_step_is_three_times_that_of_forward() -> None:
