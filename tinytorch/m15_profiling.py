@@ -268,9 +268,8 @@ def test_views_move_nothing() -> None:
 
 # %% [markdown]
 # ### Which arrays are alive?
-# Python frees an array when its last reference goes, at that moment. A *weak reference* keeps nothing alive and is told
-# of it. So a ledger needs two entries an array: when it was first seen, and when it went. Nothing has to be polled, and
-# what the program holds by mistake shows as what never goes.
+# Python frees an array when its last reference goes. A *weak reference* keeps nothing alive and is told of that moment.
+# So a ledger needs two entries an array, and what the program holds by mistake shows as what never goes.
 
 
 # %%
@@ -563,7 +562,8 @@ class Profile:
         event.moved = bytes_moved(operation, out, arrays)
         if self.ledger:
             for x in arrays:
-                self.ledger.show(x)
+                if id(x) not in self.ledger.live:  # most are known, and no views
+                    self.ledger.show(x)
             event.made = sum([self.ledger.show(x) for x in (out if type(out) is tuple else (out,))])
 
     def _locate(self, event: Event, frame: FrameType) -> None:
