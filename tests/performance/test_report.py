@@ -72,7 +72,7 @@ def test_the_page_holds_what_was_measured(train: bool, tmp_path: Path) -> None:
     assert found["items_per_second"] == pytest.approx(8 / found["seconds"])
     total = sum(row["self_seconds"] for row in found["operations"])
     assert total == pytest.approx(found["profile"]["seconds"])
-    assert json.loads(json.dumps(found)) == json.loads(json.dumps(found))
+    json.dumps(found)  # nothing that JSON cannot hold
     assert json.loads((tmp_path / "trace.json").read_text())["traceEvents"]
 
 
