@@ -233,7 +233,7 @@ def draw_operations(axes: Any, rows: list[Row], machine: Machine, most: int = 12
     for x, y, row in points:
         axes.loglog(x, y, "o", color=ORANGE if row.backward else BLUE, markersize=5)
     least = min([y for _, y, _ in points], default=1.0) / 2
-    axes.set_ylim(least, most_shown := 8 * machine.peak[1] / 1e9)  # room for the legend
+    axes.set_ylim(least, most_shown := 8 * max(machine.peak) / 1e9)  # room for the legend
     heights = [math.log(y / least) / math.log(most_shown / least) for _, y, _ in points]
     for (x, y, row), height in zip(points, kept_apart(heights, 0.055), strict=True):
         axes.annotate(f"{row.name}{' (backward)' if row.backward else ''}  {y:,.3g}", (x, y), (1.03, height),

@@ -12,7 +12,7 @@ from tinytorch.m05_losses import cross_entropy
 from tinytorch.m06_autograd import gradient
 from tinytorch.m07_optimizers import Adam
 from tinytorch.m09_spatial import SimpleCNN
-from tinytorch.m15_profiling import Machine, flop_formula, measure_machine, profiled, record_function, summarize
+from tinytorch.m15_profiling import flop_formula, measure_machine, profiled, record_function, summarize
 from tinytorch.m15_profiling_appendix import profile, summary
 
 
@@ -31,12 +31,18 @@ class Wasteful(Module):
 def test_the_profile_finds_what_is_slow() -> None:
     manual_seed(0)
     net, x = Wasteful(), randn(256, 64)
-    net(x).sum().backward()
-    with profile() as p:
-        net(x).sum().backward()
-    layers = sorted(summarize(p, "module")[:-2], key=lambda row: -row.self)
-    assert {row.name for row in layers[:2]} <= {"Wasteful.slow.0 (Linear)", "Wasteful.slow.1 (Linear)"}
-    assert layers[0].flops == 2 * 2 * 256 * 64 * 1024 or not layers[0].backward
+    shortest: dict[str, float] = {}
+    for _ in range(7):  # other programs only ever make a call longer
+        with profile() as p:
+            net(x).sum().backward()
+        for row in summarize(p, "module"):
+            if not row.backward and row.flops:
+                shortest[row.name] = min(row.self, shortest.get(row.name, row.self))
+    quick, slow = "Wasteful.quick (Linear)", ["Wasteful.slow.0 (Linear)", "Wasteful.slow.1 (Linear)"]
+    assert min(shortest[name] for name in slow) > 2 * shortest[quick]
+    flops = {(row.name, row.backward): row.flops for row in summarize(p, "module")}
+    assert flops[slow[0], False] == 2 * 256 * 64 * 1024
+    assert flops[slow[0], True] == 2 * flops[slow[0], False]
 
 
 def test_arithmetic_of_a_step_is_three_times_that_of_forward() -> None:
@@ -72,7 +78,7 @@ def test_memory_of_a_step_grows_with_the_batch_and_goes_back() -> None:
     assert_close(peaks[32] - peaks[16], 2 * (peaks[16] - peaks[8]), rtol=0.05)  # the rest is the network itself
 
 
-def test_everything_is_accounted_for_and_nothing_passes_the_roof_of_arithmetic() -> None:
+def test_everything_is_accounted_for() -> None:
     net, x, labels = SimpleCNN(), randn(32, 3, 32, 32), tensor([1] * 32)
     optimizer = Adam(net.parameters())
 
@@ -84,14 +90,24 @@ def test_everything_is_accounted_for_and_nothing_passes_the_roof_of_arithmetic()
         optimizer.step()
 
     step()
-    start = time.perf_counter()
-    with profile() as p:
-        step()
-    wall = time.perf_counter() - start
-    assert_close(sum(row.self for row in summarize(p)), wall, rtol=0.05, atol=2e-3)
+    missing = []
+    for _ in range(5):
+        start = time.perf_counter()
+        with profile() as p:
+            step()
+        wall = time.perf_counter() - start
+        missing.append(1 - sum(row.self for row in summarize(p)) / wall)
+    assert -1e-6 < min(missing) < 0.05
     names = {row.name for row in summarize(p)}
     assert {"forward and loss", "Adam.step", "Python between operations"} <= names
-    machine: Machine = measure_machine()
-    for row in summarize(p):
-        if row.flops:
-            assert row.flops / row.self < 1.5 * 1.5 * machine.peak[1]  # Winograd's product of 3×3 has 1.5 times less
+
+
+def test_no_operation_passes_the_roof() -> None:
+    machine, x = measure_machine(), randn(512, 512)
+    with profile() as p:
+        for _ in range(5):
+            x @ x
+            x + x
+    product, total = (next(row for row in summarize(p) if row.name == name) for name in ("matmul", "add"))
+    assert product.flops / product.moved > 100 * total.flops / total.moved  # n / 6 and 1 / 12
+    assert product.flops / product.self < 3 * max(machine.peak)  # what else runs here was there at both times, or not

@@ -1329,6 +1329,53 @@ TRANSFORMERS_APPENDIX = [
     ),
 ]
 
+<<<<<<< HEAD
+=======
+PROFILE = ("tests/modules/test_profiling.py",)
+PROFILING = [
+    *faults_in(
+        "tinytorch/m15_profiling.py",
+        ("first, last = len(a) * part // parts, len(a) * (part + 1) // parts\n        triad",
+         "first, last = len(a) // parts * part, len(a) // parts * (part + 1)\n        triad",
+         "the last numbers of a triad belong to no core"),
+        ("sum(min(i + 1, keys) for i in range(queries))", "sum(min(i, keys) for i in range(queries))",
+         "no query of a causal attention sees itself"),
+        ("(3 * key.shape[-1] + 2 * value.shape[-1])", "(2 * key.shape[-1] + 2 * value.shape[-1])",
+         "attention's gradients do not count the scores that they make again"),
+        ("len({0, 1} & {*tracked})", "len(tracked)", "the bias's gradient counts as a product"),
+        ("        owner = array if type(array) is kind else owner\n", "        pass\n", "a view owns memory"),
+        ("if key in self.live or not size:", "if not size:", "an array is entered whenever it is seen"),
+        ("            self.changes.append((clock(), -entry.size))", "            pass", "nothing is ever freed"),
+        ("        values.clear()", "        pass", "the profiler keeps gradients alive"),
+        ("(self.end - self.start - self.inner) / 1e9", "(self.end - self.start) / 1e9",
+         "what goes on inside of a range is counted twice"),
+        ("event.module, event.place = forward.module, forward.place", "event.module, event.place = \"\", place",
+         "backward belongs to no layer"),
+        ("rest = p.total_seconds - p.observing_seconds - sum", "rest = p.total_seconds - sum",
+         "the profiler's own time is counted twice"),
+        ("        if event.thread == p.thread:\n", "        if True:\n",
+         "what other threads do meanwhile is added to the time of this one"),
+        ("        Optimizer.together.clear()\n", "", "optimizers are timed after the profile's end"),
+        ("            self.ledger.live.clear()", "            pass", "the memory goes on changing after the block"),
+        tests=PROFILE,
+    ),
+    *faults_in(
+        "tinytorch/m15_profiling_appendix.py",
+        ("[min(peak, i * rate) / 1e9 for i in intensities]", "[max(peak, i * rate) / 1e9 for i in intensities]",
+         "a roof of the larger of both limits"),
+        ("windows: 2 * count(largest)", "windows: count(largest)", "additions to maxima's places are not counted"),
+        ("query.shape[1] * int(lengths.sum())", "query.shape[1] * key.shape[2] * len(lengths)",
+         "places of the cache that are empty count"),
+        ("\"ts\": (e.start - p.started) / 1e3", "\"ts\": (e.start - p.started) / 1e6",
+         "a timeline's events begin at a thousandth of their time"),
+        ("layer_path(model, f\"{name}.{inner}\".strip(\".\"), kind)", "layer_path(model, name, kind)",
+         "a network's summary leaves the layers inside of layers out"),
+        ("        top = found[i] - gap\n", "        top = found[i]\n", "names in the roofline cover each other"),
+        tests=PROFILE,
+    ),
+]  # fmt: skip
+
+>>>>>>> m15
 ACCELERATION = [
     *faults_in(
         "tinytorch/m16_acceleration.py",
@@ -1377,8 +1424,6 @@ ACCELERATION = [
         ("    KERNELS.append(kernel)\n", "    KERNELS.insert(0, kernel)\n", "KERNELS is not in the order of attaching"),
         ("places.append(max(rate, places[-1] * 1.36))", "places.append(max(rate, places[-1] * 1.05))",
          "names cover each other in the figure"),
-        ("[min(peak, i * rate) / 1e9 for i in intensities]", "[max(peak, i * rate) / 1e9 for i in intensities]",
-         "a roof of the larger of both limits"),
         ('peak = machine.peak[name not in ("registers", *dict(STEPS))]', "peak = machine.peak[0]",
          "all cores are compared with the peak of one"),
     ),
