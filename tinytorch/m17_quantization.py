@@ -771,7 +771,10 @@ def prepare_qat(model: Module, observer: Callable[[], MinMaxObserver] = MovingAv
 
 
 def convert(model: Module) -> Module:
-    """The int8 network, in eval mode, of one that was prepared. Tables become int8 as well."""
+    """The int8 network, in eval mode, of one that was prepared. Tables become int8 as well.
+
+    Layers of a `Sequential` hand int8 on: a part of it, called alone, may return int8.
+    """
     return link(rebuild(copy.deepcopy(model), TO_INT8)).eval()
 
 
