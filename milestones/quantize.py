@@ -23,7 +23,7 @@ from tinytorch.milestones.predict import load_reader
 from tinytorch.milestones.program import UsageError
 from tinytorch.milestones.quantized import FILE, write_quantized
 from tinytorch.milestones.runs import settings_of
-from tinytorch.milestones.tinygpt import read_text
+from tinytorch.milestones.tinygpt import TITLES, read_text
 from tinytorch.quantization import convert, fold_batch_norm, prepare, quantize_dynamic, quantize_int4
 from tinytorch.utils.data import DataLoader, Subset
 
@@ -147,6 +147,8 @@ def text_subject(folder: Path, root: Path | None) -> Subject:
         where = {"data": report.get("data"), "text": Path(report["text"]) if "text" in report else None}
     except (OSError, ValueError) as error:
         raise UsageError(f"{folder} has no report.json, which says what text it learned: {error}") from error
+    if where["data"] not in TITLES and where["text"] is None:
+        raise UsageError(f"{folder / 'report.json'} names no text that it learned (data or text)")
     _, text = read_text(argparse.Namespace(**where, root=root))
     ids = tinytorch.tensor(writer.tokenizer.encode(text[len(text) * 9 // 10 :]))
     windows = TokenWindows(ids, context := writer.model.config.context_length, stride=context)

@@ -1744,9 +1744,8 @@ QUANTIZATION = [
         ("if calls[norm] == calls[layer] == 1", "if True", "a norm is folded into a layer that is used twice"),
         ("type(layer) is Conv2d and layer.groups == 1 and", "type(layer) is Conv2d and",
          "grouped convolutions are quantized as if they had one group"),
-        ("return dim is None and single(x, scale)", "return single(x, scale)",
-         "a scale for each row goes to the kernel for one"),
-        ("xp.where(scale > 0, 1 / xp.where", "xp.where(scale > -1, 1 / xp.where", "a row of zeros is divided by 1"),
+        ("inverse = 1 / xp.where(scale > 0, scale, xp.ones_like(scale))", "inverse = 1 / scale",
+         "a row of zeros is divided by 0"),
     ),
     *faults_in(
         "tinytorch/m17_quantization_appendix.py",
