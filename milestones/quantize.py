@@ -6,7 +6,6 @@ import argparse
 import json
 import math
 import shutil
-import statistics
 import tempfile
 import time
 from collections.abc import Callable, Iterable, Sequence
@@ -24,7 +23,7 @@ from tinytorch.milestones.predict import load_reader
 from tinytorch.milestones.program import UsageError
 from tinytorch.milestones.quantized import FILE, write_quantized
 from tinytorch.milestones.runs import settings_of
-from tinytorch.milestones.tinygpt import read_text
+from tinytorch.milestones.tinygpt import TITLES, read_text
 from tinytorch.quantization import convert, fold_batch_norm, prepare, quantize_dynamic, quantize_int4
 from tinytorch.utils.data import DataLoader, Subset
 
@@ -99,7 +98,7 @@ def quantize_run(
 
 @tinytorch.no_grad()
 def measure_latency(models: Sequence[nn.Module], inputs: Tensor, budget: float = 2.0) -> list[float]:
-    """The median seconds of a call of each, in turns, so that what else the machine does meets all of them alike."""
+    """The shortest seconds of a call of each, made in turns: what they take while other programs let them."""
     taken: list[list[float]] = [[] for _ in models]
     for model in models:
         model(inputs)  # kernels are loaded
@@ -109,7 +108,7 @@ def measure_latency(models: Sequence[nn.Module], inputs: Tensor, budget: float =
             started = time.perf_counter()
             model(inputs)
             times.append(time.perf_counter() - started)
-    return [statistics.median(times) for times in taken]
+    return [min(times) for times in taken]
 
 
 # -- pictures ----------------------------------------------------------------------------------------------------------
@@ -150,6 +149,8 @@ def text_subject(folder: Path, root: Path | None) -> Subject:
         where = {"data": report.get("data"), "text": Path(report["text"]) if "text" in report else None}
     except (OSError, ValueError) as error:
         raise UsageError(f"{folder} has no report.json, which says what text it learned: {error}") from error
+    if where["data"] not in TITLES and where["text"] is None:
+        raise UsageError(f"{folder / 'report.json'} names no text that it learned (data or text)")
     _, text = read_text(argparse.Namespace(**where, root=root))
     ids = tinytorch.tensor(writer.tokenizer.encode(text[len(text) * 9 // 10 :]))
     windows = TokenWindows(ids, context := writer.model.config.context_length, stride=context)

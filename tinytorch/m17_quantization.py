@@ -150,6 +150,7 @@ def test_steps_are_where_they_should_be() -> None:
     assert q.tolist() == [-128, -78, -77, 127, 127]
     assert_close(dequantize(q, scale, zero_point), [-1.0, 0.0, 0.02, 4.1, 4.1], atol=1e-6)
     assert choose_scale(tensor(-2.54), tensor(1.0), symmetric=True)[1].item() == 0
+    assert choose_scale(tensor(3.0), tensor(5.1))[1].item() == -128  # 0 is in each range
 
 
 def test_a_scale_for_each_row_keeps_small_rows() -> None:
@@ -284,7 +285,7 @@ def quantize_rows(xp, x):
     finite. (…, n) and (…,)."""
     peak = xp.max(xp.abs(x), axis=-1) if x.shape[-1] else xp.zeros(x.shape[:-1], dtype=x.dtype)
     scale = xp.where(xp.isfinite(peak), peak / 127, xp.full_like(peak, xp.nan))
-    inverse = xp.where(scale > 0, 1 / xp.where(scale > 0, scale, xp.ones_like(scale)), xp.zeros_like(scale))
+    inverse = 1 / xp.where(scale > 0, scale, xp.ones_like(scale))
     steps = xp.round(x * xp.expand_dims(inverse, axis=-1))
     steps = xp.where(steps > -127, steps, xp.full_like(steps, -127))
     return xp.cast(xp.where(steps < 127, steps, xp.full_like(steps, 127)), "int8"), scale
@@ -771,7 +772,10 @@ def prepare_qat(model: Module, observer: Callable[[], MinMaxObserver] = MovingAv
 
 
 def convert(model: Module) -> Module:
-    """The int8 network, in eval mode, of one that was prepared. Tables become int8 as well."""
+    """The int8 network, in eval mode, of one that was prepared. Tables become int8 as well.
+
+    Layers of a `Sequential` hand int8 on: a part of it, called alone, may return int8.
+    """
     return link(rebuild(copy.deepcopy(model), TO_INT8)).eval()
 
 

@@ -6,23 +6,31 @@ import math
 from typing import Any
 
 import numpy as np
-from numba import prange
+from llvmlite import ir
+from numba import prange, types
+from numba.extending import intrinsic
 
 from tinytorch.kernels.cpu.jit import cores, kernel, plain, run
-from tinytorch.kernels.cpu.lines import load_some
+from tinytorch.kernels.cpu.lines import load_some, store_some
 from tinytorch.kernels.cpu.quantized import rounded, store_bytes
 from tinytorch.kernels.cpu.quantized_convolution import channels_last
 from tinytorch.kernels.cpu.vectors import (
+    I32,
     LANES,
+    VECTOR,
     address,
     blank,
     broadcast,
+    call,
     fma,
     largest,
     load,
     load_part,
     maximum,
+    part_mask,
+    splat,
     total,
+    vector,
 )
 
 __all__ = ["int4_linear", "quantize", "quantize_rows"]
@@ -110,16 +118,50 @@ def quantize_rows(xp: Any, x: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
 # -- int4 --------------------------------------------------------------------------------------------------------------
 
 
+@intrinsic
+def half_bytes(typing, address, count, upper):
+    """`count` bytes from an address on, LANES at the most: their lower halves, or upper ones, less 8, as float32."""
+
+    def generate(context, b, signature, arguments):
+        place, count, upper = arguments
+        kind, wide = ir.VectorType(ir.IntType(8), LANES), ir.VectorType(I32, LANES)
+        name, nothing = f"llvm.masked.load.v{LANES}i8.p0", ir.Constant(kind, [0] * LANES)
+        pointer = b.inttoptr(place, kind.as_pointer())
+        found = b.zext(call(b, name, kind, [pointer, ir.Constant(I32, 1), part_mask(b, count), nothing]), wide)
+        shift, eight = b.shl(b.trunc(upper, I32), ir.Constant(I32, 2)), ir.Constant(wide, [8] * LANES)
+        half = b.and_(b.lshr(found, splat(b, shift)), ir.Constant(wide, [15] * LANES))
+        return b.sitofp(b.sub(half, eight), VECTOR)
+
+    return vector(types.int64, types.int64, types.int64), generate
+
+
 @kernel
 def unpack_row(packed, scales, group, out):
-    """A row of two weights a byte, the first in the lower half, as float32."""
+    """A row of two weights a byte, from address `packed` on, as float32 to address `out`.
+
+    The bytes of a group hold its first half in their lower halves, and its second half in their upper ones.
+    """
+    half = group // 2
     for g in range(len(scales)):
-        factor, values = scales[g], out[g * group : (g + 1) * group]
-        source = packed[g * group // 2 : (g + 1) * group // 2]
-        for k in range(len(source)):
-            byte = np.int32(source[k])
-            values[2 * k] = np.float32((byte & 15) - 8) * factor
-            values[2 * k + 1] = np.float32((byte >> 4) - 8) * factor
+        for upper in range(2):
+            for k in range(0, half, LANES):
+                values = half_bytes(packed + g * half + k, half - k, upper) * broadcast(scales[g])
+                store_some(out + 4 * (g * group + upper * half + k), values, half - k)
+
+
+@kernel
+def inner_product(a, b, size):
+    """The inner product of two rows of float32 at addresses; four sums, so that none waits for another."""
+    first, second, third, fourth = blank(), blank(), blank(), blank()
+    step, whole = 4 * LANES, size // (4 * LANES) * (4 * LANES)
+    for k in range(0, 4 * whole, 4 * step):
+        first = fma(load(a + k), load(b + k), first)
+        second = fma(load(a + k + step), load(b + k + step), second)
+        third = fma(load(a + k + 2 * step), load(b + k + 2 * step), third)
+        fourth = fma(load(a + k + 3 * step), load(b + k + 3 * step), fourth)
+    for k in range(whole, size, LANES):
+        first = fma(load_some(a + 4 * k, size - k), load_some(b + 4 * k, size - k), first)
+    return total((first + second) + (third + fourth))
 
 
 @kernel
@@ -128,18 +170,11 @@ def int4_part(part, parts, x, weight, scales, bias, out):
     all rows of x."""
     depth, outputs = x.shape[1], len(weight)
     unpacked = np.empty(depth, np.float32)
-    rest = depth % LANES
     for n in range(outputs * part // parts, outputs * (part + 1) // parts):
-        unpack_row(weight[n], scales[n], depth // scales.shape[1], unpacked)
-        w = address(unpacked)
+        unpack_row(address(weight) + n * depth // 2, scales[n], depth // scales.shape[1], address(unpacked))
         for m in range(len(x)):
-            sums, row = blank(), address(x) + 4 * m * depth
-            for k in range(0, 4 * (depth - rest), 4 * LANES):
-                sums = fma(load(row + k), load(w + k), sums)
-            if rest:
-                k = 4 * (depth - rest)
-                sums = fma(load_part(row + k, rest), load_part(w + k, rest), sums)
-            out[m, n] = total(sums) + (bias[n] if len(bias) else np.float32(0))
+            product = inner_product(address(x) + 4 * m * depth, address(unpacked), depth)
+            out[m, n] = product + (bias[n] if len(bias) else np.float32(0))
 
 
 @kernel

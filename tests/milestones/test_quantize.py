@@ -106,6 +106,13 @@ def test_what_it_refuses(runs: Path, tmp_path: Path) -> None:
     ):
         with pytest.raises(UsageError, match=words):
             quantize_run(*arguments)
+    (tmp_path / "gpt").mkdir()
+    for name in ("config.json", "model.safetensors", "tokenizer.json"):
+        (tmp_path / "gpt" / name).write_bytes((runs / "gpt" / name).read_bytes())
+    for words in ("has no report.json", "names no text that it learned"):
+        with pytest.raises(UsageError, match=words):
+            quantize_run(tmp_path / "gpt")
+        (tmp_path / "gpt" / "report.json").write_text("{}")
     (tmp_path / FILE).write_bytes(b"no")
     with pytest.raises(UsageError, match="not a safetensors file"):
         load_reader(tmp_path)

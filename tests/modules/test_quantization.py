@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable
 from typing import Any
 
@@ -121,6 +122,9 @@ def test_static_layers_hand_integers_on() -> None:
     assert [bool(layer.following) for layer in small if isinstance(layer, m.Int8Layer)] == [True, True, False]
     assert small[0].relu
     assert not small[3].relu
+    twin: Any = copy.deepcopy(small)
+    assert twin[0].following[0] is twin[3]
+    assert twin(x).tolist() == small(x).tolist()
 
 
 def test_what_is_no_row_stays_apart() -> None:

@@ -2528,7 +2528,8 @@ row("int8_convolution", as_floats(raw_int8_convolution), numpy_int8_convolution,
 
 
 def numpy_unpack(packed: np.ndarray, scale: np.ndarray) -> np.ndarray:
-    halves = np.stack([packed % 16, packed // 16], -1).reshape(len(packed), -1).astype("float64") - 8
+    packed = packed.reshape(*scale.shape, -1).astype("float64")
+    halves = np.concatenate([packed % 16, packed // 16], -1).reshape(len(packed), -1) - 8
     return halves * np.repeat(scale, halves.shape[1] // scale.shape[1], 1)
 
 
