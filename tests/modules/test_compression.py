@@ -74,6 +74,11 @@ def test_an_optimizer_made_before_goes_on_and_what_is_masked_rests() -> None:
     assert ((net[0].weight != 0) & (mask == 0)).sum().item() == 0
 
 
+@pytest.mark.parametrize(("amount", "masked"), [(0.5, 2), (0.3, 1), (0.1, 0), (0.9, 3), (1.0, 3), (1, 1)])
+def test_shares_are_rounded_to_the_nearest_number(amount: float, masked: int) -> None:
+    assert (l1_unstructured(Linear(3, 1), "weight", amount).weight == 0).sum().item() == masked
+
+
 def test_weight_and_bias_are_masked_apart() -> None:
     layer = Linear(4, 4)
     l1_unstructured(l1_unstructured(layer, "weight", 4), "bias", 1)
