@@ -45,7 +45,7 @@ RECIPE = RECIPES["cifar10 --full"]
 STUDENT = partial(SimpleCNN, 3, 10, 32, widths=(8, 16, 32), hidden=32, batch_norm=True)
 TEMPERATURE, ALPHA = 4.0, 0.9
 EPOCHS, MOST = 10, 0.1  # of a student, and its largest learning rate
-FINE_TUNING = 2, 0.05  # the same for a network that was made smaller
+FINE_TUNING = 1, 0.05  # the same for a network that was made smaller
 CHANNELS = (0.25, 0.5, 0.75)
 
 
