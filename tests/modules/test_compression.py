@@ -153,7 +153,7 @@ def test_the_schedule_is_the_formula() -> None:
 
 def test_masks_change_where_they_should_and_end_at_the_last_step() -> None:
     net = Sequential(Conv2d(4, 8, 3), relu, Flatten(), Linear(32, 20))
-    pruning = GradualPruning(weights_of(net), 0.9, begin=10, end=25, every=10)
+    pruning = GradualPruning(weights_of(net), 0.9, begin=13, end=30, every=10)
     changed, before = [], None
     for step in range(1, 40):
         pruning.on_step_end(SimpleNamespace(step=step))  # type: ignore[arg-type]
@@ -161,7 +161,7 @@ def test_masks_change_where_they_should_and_end_at_the_last_step() -> None:
         if now != before:
             changed.append(step)
         before = now
-    assert changed == [1, 20, 25]  # the first look, a change after ten steps, and the end
+    assert changed == [1, 23, 30]  # the first look, a change after ten steps, and the end
     assert before == [round(0.9 * 288), round(0.9 * 640)]
 
 
