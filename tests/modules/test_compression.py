@@ -15,7 +15,7 @@ from tinytorch.m01_setup import assert_close, manual_seed
 from tinytorch.m02_tensor import Tensor, cat, float16, float64, ones, randn, tensor, zeros
 from tinytorch.m02_tensor_appendix import flatten, randint
 from tinytorch.m03_activations import ReLU, relu, softmax
-from tinytorch.m04_layers import Dropout, Flatten, Linear, Module, Parameter, Sequential, overwrite
+from tinytorch.m04_layers import Dropout, Flatten, Linear, Module, Parameter, Sequential, linear, overwrite
 from tinytorch.m04_layers_appendix import save
 from tinytorch.m05_losses import CrossEntropyLoss, cross_entropy
 from tinytorch.m06_autograd import no_grad
@@ -23,6 +23,7 @@ from tinytorch.m07_optimizers import SGD, Adam
 from tinytorch.m08_training import Callback, GradScaler, Trainer
 from tinytorch.m09_spatial import BatchNorm2d, Conv2d, MaxPool2d, SimpleCNN, count_flops, count_parameters
 from tinytorch.m09_spatial_appendix import BatchNorm1d, Conv1d, GroupNorm, LeNet5, PReLU, ResNet
+from tinytorch.m12_embeddings import Embedding
 from tinytorch.m14_transformers import GPT, GPTConfig
 from tinytorch.m18_compression import (
     DistillationLoss,
@@ -368,6 +369,18 @@ class Mixed(Module):
         return self.second(softmax(self.first(x), dim=1))
 
 
+class Borrowed(Module):
+    """A layer with a reader that is seen, and one that is not: its product with an embedding's weight."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.second, self.table = Linear(4, 4), Linear(4, 2), Embedding(2, 4)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = relu(self.first(x))
+        return self.second(x) + linear(x, self.table.weight)
+
+
 @pytest.mark.parametrize(
     ("network", "example"),
     [
@@ -375,12 +388,13 @@ class Mixed(Module):
         (Folded(), randn(2, 3, 4)),
         (Tied(), randn(1, 4)),
         (Mixed(), randn(1, 4)),
+        (Borrowed(), randn(1, 4)),
         (Linear(3, 2), randn(1, 3)),
         (Sequential(Linear(4, 4), PReLU(4), Linear(4, 2)), randn(1, 4)),
         (Sequential(Conv2d(2, 4, 1), GroupNorm(2, 4), Conv2d(4, 1, 1)), randn(1, 2, 3, 3)),
         (Sequential(Conv2d(2, 4, 1), Conv2d(4, 4, 3, groups=4), Conv2d(4, 1, 1)), randn(1, 2, 5, 5)),
     ],
-    ids=["sum with the input", "rows become examples", "one weight", "softmax", "an output", "PReLU", "group norm",
+    ids=["sum with the input", "rows become examples", "one weight", "softmax", "a borrowed weight", "an output", "PReLU", "group norm",
          "groups"],
 )  # fmt: skip
 def test_channels_that_are_not_free_stay(network: Module, example: Tensor) -> None:
