@@ -381,6 +381,18 @@ class Borrowed(Module):
         return self.second(x) + linear(x, self.table.weight)
 
 
+class Looked(Module):
+    """The sum of an embedding and a layer of it."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.table, self.inner, self.outer = Embedding(5, 4), Linear(4, 4), Linear(4, 2)
+
+    def forward(self, ids: Tensor) -> Tensor:
+        x = self.table(ids)
+        return self.outer(x + self.inner(x))
+
+
 @pytest.mark.parametrize(
     ("network", "example"),
     [
@@ -389,13 +401,14 @@ class Borrowed(Module):
         (Tied(), randn(1, 4)),
         (Mixed(), randn(1, 4)),
         (Borrowed(), randn(1, 4)),
+        (Looked(), randint(5, (1, 3))),
         (Linear(3, 2), randn(1, 3)),
         (Sequential(Linear(4, 4), PReLU(4), Linear(4, 2)), randn(1, 4)),
         (Sequential(Conv2d(2, 4, 1), GroupNorm(2, 4), Conv2d(4, 1, 1)), randn(1, 2, 3, 3)),
         (Sequential(Conv2d(2, 4, 1), Conv2d(4, 4, 3, groups=4), Conv2d(4, 1, 1)), randn(1, 2, 5, 5)),
     ],
-    ids=["sum with the input", "rows become examples", "one weight", "softmax", "a borrowed weight", "an output", "PReLU", "group norm",
-         "groups"],
+    ids=["sum with the input", "rows become examples", "one weight", "softmax", "a borrowed weight",
+         "sum with an embedding", "an output", "PReLU", "group norm", "groups"],
 )  # fmt: skip
 def test_channels_that_are_not_free_stay(network: Module, example: Tensor) -> None:
     assert names_of_free(network, example) == []
