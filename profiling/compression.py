@@ -45,7 +45,7 @@ RECIPE = RECIPES["cifar10 --full"]
 STUDENT = partial(SimpleCNN, 3, 10, 32, widths=(8, 16, 32), hidden=32, batch_norm=True)
 TEMPERATURE, ALPHA = 4.0, 0.9
 EPOCHS, MOST = 10, 0.1  # of a student, and its largest learning rate
-FINE_TUNING = 2, 0.05  # the same for a network that was made smaller
+FINE_TUNING = 1, 0.05  # the same for a network that was made smaller
 CHANNELS = (0.25, 0.5, 0.75)
 
 
@@ -82,7 +82,8 @@ def train(
 
 def student(arguments: argparse.Namespace, teacher: nn.Module, seed: int, taught: bool) -> dict[str, Any]:
     """What becomes of a student with a seed, alone or taught; from its file, if there is one."""
-    path = arguments.out / f"student-{seed}-{'taught' if taught else 'alone'}.json"
+    how = f"taught-{arguments.temperature:g}-{arguments.alpha:g}" if taught else "alone"
+    path = arguments.out / f"student-{seed}-{how}.json"
     if not path.exists():
         tinytorch.manual_seed(seed)
         network = STUDENT()
@@ -129,7 +130,7 @@ def made_smaller(arguments: argparse.Namespace, name: str, teacher: nn.Module) -
     elif name == "thin":
         network = factorize(teacher, 0.8)
     elif name == "sparse":
-        callbacks = lambda steps: [GradualPruning(weights_of(network), 0.9, 0, steps * 3 // 4, steps // 40)]
+        callbacks = lambda steps: [GradualPruning(weights_of(network), 0.9, 0, steps * 3 // 4, max(1, steps // 40))]
     else:
         network = made_plain(made_smaller(arguments, "sparse", teacher))
         for layer, weight in weights_of(network):

@@ -82,6 +82,11 @@ def test_slices_of_the_smallest_norm_go() -> None:
     assert random_structured(layer, "weight", 1, dim=0).weight_mask.sum().item() == 2
     assert ln_structured(Linear(4, 4), "weight", 0.5, 2, 0, importance_scores=tensor([[1.0] * 4, [3.0] * 4, [2.0] * 4,
                          [0.0] * 4])).weight_mask[:, 0].tolist() == [0, 1, 1, 0]  # fmt: skip
+    twice = Linear(3, 3)
+    overwrite(twice.weight, tensor([[1.0] * 3, [2.0] * 3, [3.0] * 3]).data)
+    for kept in (2, 1):
+        ln_structured(twice, "weight", 1, n=2, dim=0)
+        assert (twice.weight_mask[:, 0] > 0).sum().item() == kept
     for dim in (2, -3):
         with pytest.raises(ValueError, match=rf"'weight' has shape \(3, 3\), and no slices along axis {dim}"):
             ln_structured(layer, "weight", 1, n=1, dim=dim)
