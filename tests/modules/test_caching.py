@@ -58,7 +58,7 @@ def test_windows_of_batches(config: GPTConfig, window: int) -> None:
     model, rows = opinionated(config), drawn(20, 20)
     cache, starts = KVCache(model, window=window, block=2), (9, 2)
     expected = [read_through_window(model, row, window)[0] for row in rows]
-    for step in range(0, 11):
+    for step in range(11):
         text = [row[: start + step] for row, start in zip(rows, starts, strict=True)]
         close(cache.read(text), t.stack([e[len(row) - 1] for e, row in zip(expected, text, strict=True)]))
     close(cache.read([rows[0]], last=4)[0], expected[0][-4:])
@@ -69,12 +69,12 @@ def test_windows_of_batches(config: GPTConfig, window: int) -> None:
 @configs
 def test_rows_that_end_and_rows_that_outgrow_the_context(config: GPTConfig) -> None:
     model, prompts = opinionated(config), drawn(3, 20, 1, 30)
-    for choices in ({"temperature": 0}, {"seed": 4, "top_p": 0.9, "stop_tokens": range(8)}):
+    stop = model.generate(prompts, 9, temperature=0)[0][4]
+    for choices in ({"temperature": 0}, {"seed": 4, "top_p": 0.9}, {"temperature": 0, "stop_tokens": [stop]}):
         written = model.generate(prompts, 9, **choices)
         with caching(False):
             assert written == model.generate(prompts, 9, **choices)
-    assert written[0] != written[1]
-    assert len({len(row) - len(prompt) for row, prompt in zip(written, prompts, strict=True)}) > 1  # some have ended
+    assert len(written[0]) <= 5  # this one has ended
 
 
 def test_a_network_in_training_mode_writes_without_dropout() -> None:
@@ -211,12 +211,11 @@ def test_drafts_save_steps_of_the_model() -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("choices", [{}, {"temperature": 0.7, "top_k": 4}])
-def test_drafts_leave_the_distribution_as_it_is(choices: dict) -> None:
-    """Three tokens, drawn a few thousand times: pairs come as often as the model alone says, by a chi-squared test."""
-    config = GPTConfig(5, 8, 1, 1, 4)
+def test_drafts_leave_the_distribution_as_it_is() -> None:
+    """Two tokens, drawn a thousand times: pairs come as often as the model alone says, by a chi-squared test."""
+    config, choices = GPTConfig(5, 8, 1, 1, 4), {"temperature": 0.7, "top_k": 4}
     model, draft, prompt = opinionated(config, 2), opinionated(config, 3), [1, 2]
-    whole, count = reads_whole(model), 3000
+    whole, count = reads_whole(model), 1000
     first = next_probabilities(whole([prompt]), **choices)[0].tolist()
     expected = np.array([
         [p * q for q in next_probabilities(whole([[*prompt, token]]), **choices)[0].tolist()]
@@ -227,7 +226,7 @@ def test_drafts_leave_the_distribution_as_it_is(choices: dict) -> None:
     t.manual_seed(0)
     found = np.zeros((5, 5))
     for _ in range(count):
-        tokens = speculative_generate(model, draft, prompt, 3, lookahead=3, **choices)
+        tokens = speculative_generate(model, draft, prompt, 2, lookahead=2, **choices)
         found[tokens[2], tokens[3]] += 1
     possible = expected > 0
     assert found[~possible].sum() == 0
