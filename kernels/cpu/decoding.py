@@ -18,7 +18,6 @@ from numba import prange
 from tinytorch.kernels.cpu.attention import FLOAT, WIDE, attend_cached, tile
 from tinytorch.kernels.cpu.elementwise import normal_cdf, vsigmoid
 from tinytorch.kernels.cpu.jit import cores, kernel, run
-from tinytorch.kernels.cpu.lines import load_some, store_some
 from tinytorch.kernels.cpu.matmul import TOGETHER, dot_rows
 from tinytorch.kernels.cpu.vectors import (
     LANES,
@@ -30,8 +29,10 @@ from tinytorch.kernels.cpu.vectors import (
     fma,
     keep,
     load,
+    load_part,
     maximum,
     store,
+    store_part,
     total,
 )
 
@@ -73,33 +74,41 @@ def product(x, pitch, rows, depth, weight, line, columns, out, out_pitch):
 def add_to_rows(out, out_pitch, rows, columns, added, added_pitch):
     """Add a row of numbers to each row, or the next one to the next row."""
     apart()
+    rest = columns % LANES
+    done = (columns - rest) * FLOAT
     for i in range(rows):
-        for j in range(0, columns * FLOAT, WIDE):
-            at = out + i * out_pitch + j
-            store(at, load(at) + load_some(added + i * added_pitch + j, columns - j // FLOAT))
+        target, source = out + i * out_pitch, added + i * added_pitch
+        for j in range(0, done, WIDE):
+            store(target + j, load(target + j) + load(source + j))
+        if rest:
+            store(target + done, load(target + done) + load_part(source + done, rest))
 
 
 @kernel
 def norm_rows(x, pitch, rows, columns, centered, eps, weight, out):
     """The norm of each row, times a weight, plus the bias behind the weight; without `centered`, the mean stays."""
     apart()
-    bias, line = weight + columns * FLOAT, columns * FLOAT
+    rest, bias = columns % LANES, weight + columns * FLOAT
+    done = (columns - rest) * FLOAT
     for i in range(rows):
-        row, mean = x + i * pitch, broadcast(np.float32(0))
+        row, target, mean = x + i * pitch, out + i * pitch, blank()
         if centered:
-            added = blank()
-            for j in range(0, line, WIDE):
-                added = added + keep(load(row + j), columns - j // FLOAT)
+            added = keep(load(row + done), rest) if rest else blank()
+            for j in range(0, done, WIDE):
+                added = added + load(row + j)
             mean = broadcast(total(added) / np.float32(columns))
-        squares = blank()
-        for j in range(0, line, WIDE):
-            away = keep(load(row + j) - mean, columns - j // FLOAT)
+        away = keep(load(row + done) - mean, rest) if rest else blank()
+        squares = away * away
+        for j in range(0, done, WIDE):
+            away = load(row + j) - mean
             squares = fma(away, away, squares)
         factor = broadcast(np.float32(1) / np.sqrt(total(squares) / np.float32(columns) + np.float32(eps)))
-        for j in range(0, line, WIDE):
-            rest = columns - j // FLOAT
+        for j in range(0, done, WIDE):
             scaled = (load(row + j) - mean) * factor
-            store(out + i * pitch + j, fma(scaled, load_some(weight + j, rest), load_some(bias + j, rest)))
+            store(target + j, fma(scaled, load(weight + j), load(bias + j)))
+        if rest:
+            scaled = (load(row + done) - mean) * factor
+            store(target + done, fma(scaled, load_part(weight + done, rest), load_part(bias + done, rest)))
 
 
 @kernel(forceinline=True)
@@ -139,8 +148,13 @@ def turn_heads(x, heads, half, cos, sin):
 @kernel
 def copy_floats(target, source, count):
     """Copy `count` numbers, and nothing behind them."""
-    for j in range(0, count * FLOAT, WIDE):
-        store_some(target + j, load_some(source + j, count - j // FLOAT), count - j // FLOAT)
+    apart()
+    rest = count % LANES
+    done = (count - rest) * FLOAT
+    for j in range(0, done, WIDE):
+        store(target + j, load(source + j))
+    if rest:
+        store_part(target + done, load_part(source + done, rest), rest)
 
 
 # -- one core's share --------------------------------------------------------------------------------------------------
