@@ -259,6 +259,70 @@ def gpt_step(layers: int, heads: int, width: int, length: int, batch: int) -> Ca
     return build
 
 
+LAYERS, HEADS, WIDTH, CONTEXT, WRITTEN = 4, 4, 128, 256, 200
+
+
+def gpt_writing(batch: int) -> Callable[[Any], Callable[[], Any]]:
+    """200 tokens behind 16 of a GPT-2 of 65 tokens, always the most probable: ours by `generate`, PyTorch's with a
+    cache that is there from the start."""
+
+    def build(library: Any) -> Callable[[], Any]:
+        library.manual_seed(0)
+        prompts = [[(7 * row + place) % 65 for place in range(16)] for row in range(batch)]
+        if library.__name__ == "tinytorch":
+            config = library.GPTConfig(65, CONTEXT, LAYERS, HEADS, WIDTH)
+            model = library.GPT(config).eval()
+            return lambda: model.generate(prompts, WRITTEN, temperature=0)
+        library.set_num_threads(1)  # two are slower here: a token's products are too small to be shared
+        model = torch_writer(library, batch)
+        return lambda: model(library.tensor(prompts)).tolist()
+
+    return build
+
+
+def torch_writer(torch: Any, batch: int) -> Any:
+    """A GPT-2 in PyTorch that keeps keys and values: (batch, T) ids to WRITTEN more."""
+    nn, F = torch.nn, torch.nn.functional
+
+    class Block(nn.Module):  # type: ignore[name-defined]
+        def __init__(self) -> None:
+            super().__init__()
+            self.norm1, self.norm2 = nn.LayerNorm(WIDTH), nn.LayerNorm(WIDTH)
+            self.qkv, self.out = nn.Linear(WIDTH, 3 * WIDTH), nn.Linear(WIDTH, WIDTH)
+            self.up, self.down = nn.Linear(WIDTH, 4 * WIDTH), nn.Linear(4 * WIDTH, WIDTH)
+
+        def forward(self, x: Any, keys: Any, values: Any, held: int) -> Any:
+            count = x.shape[1]
+            stacked = self.qkv(self.norm1(x)).view(batch, count, 3, HEADS, WIDTH // HEADS)
+            query, key, value = stacked.permute(2, 0, 3, 1, 4).unbind(0)
+            keys[:, :, held : held + count], values[:, :, held : held + count] = key, value
+            seen = keys[:, :, : held + count], values[:, :, : held + count]
+            out = F.scaled_dot_product_attention(query, *seen, is_causal=count > 1)
+            x = x + self.out(out.transpose(1, 2).reshape(batch, count, WIDTH))
+            return x + self.down(F.gelu(self.up(self.norm2(x)), approximate="tanh"))
+
+    class Writer(nn.Module):  # type: ignore[name-defined]
+        def __init__(self) -> None:
+            super().__init__()
+            self.tokens, self.positions = nn.Embedding(65, WIDTH), nn.Embedding(CONTEXT, WIDTH)
+            self.blocks, self.norm = nn.ModuleList(Block() for _ in range(LAYERS)), nn.LayerNorm(WIDTH)
+
+        def forward(self, ids: Any) -> Any:
+            kept = torch.empty(LAYERS, 2, batch, HEADS, CONTEXT, WIDTH // HEADS)
+            out, held, new = torch.empty(batch, ids.shape[1] + WRITTEN, dtype=torch.long), 0, ids
+            for _ in range(WRITTEN):
+                out[:, held : held + new.shape[1]] = new
+                x = self.tokens(new) + self.positions.weight[held : held + new.shape[1]]
+                for block, (keys, values) in zip(self.blocks, kept, strict=True):
+                    x = block(x, keys, values, held)
+                held += new.shape[1]
+                new = F.linear(self.norm(x[:, -1]), self.tokens.weight).argmax(-1, keepdim=True)
+            out[:, held:] = new
+            return out
+
+    return torch.inference_mode()(Writer().eval())
+
+
 def megabyte() -> str:
     """The help that comes with Python, again and again, to 1 MB."""
     from pydoc_data.topics import topics
@@ -327,6 +391,8 @@ CASES = (
     Case("GPT step, 4 layers, 128 wide, T 64, batch 12", gpt_step(4, 4, 128, 64, 12), ratio=0.5),
     Case("GPT step, 6 layers, 256 wide, T 128, batch 8", gpt_step(6, 8, 256, 128, 8), ratio=0.5),
     Case("GPT step, 2 layers, 64 wide, T 32, batch 8", gpt_step(2, 2, 64, 32, 8), ratio=0.75),
+    Case("GPT writing, 4 layers, 128 wide, a token, batch 1", gpt_writing(1), calls=WRITTEN, ratio=1 / 3),
+    Case("GPT writing, 4 layers, 128 wide, a token, batch 8", gpt_writing(8), calls=WRITTEN, ratio=1 / 3),
     Case(
         "1024^3 product, int8 beside NumPy's float32", integer_product, ratio=1 / 3, reference="numpy", one_thread=True
     ),

@@ -326,16 +326,13 @@ class KVCache:
         """Have each row hold what it has in common with some row that was held, but not its last `asked` tokens."""
         sources, shares = [], []
         for i, row in enumerate(rows):
-            begin, best, share = row[: len(row) - asked], 0, 0
-            for j in (i, *range(len(self.tokens))) if i < len(self.tokens) else range(len(self.tokens)):
-                found = shared_length(begin, self.tokens[j])
-                if found < len(self.tokens[j]) > self.store.limit:
-                    found = 0  # it went round in a circle
-                best, share = (j, found) if found > share else (best, share)
-                if share == len(self.tokens[j]):
-                    break
-            sources.append(best)
-            shares.append(share)
+            found = [shared_length(row[: len(row) - asked], held) for held in self.tokens]
+            for j, held in enumerate(self.tokens):
+                if found[j] < len(held) > self.store.limit:
+                    found[j] = 0  # it went round in a circle
+            source = max(range(len(found)), key=lambda j: (found[j], j == i), default=0)  # noqa: B023
+            sources.append(source)
+            shares.append(found[source] if found else 0)
         self.store.take_rows(sources)
         self.tokens = [row[:n] for row, n in zip(rows, shares, strict=True)]
 

@@ -1,13 +1,15 @@
 """One new token of each row through a whole transformer, in one call.
 
-A token uses each weight once, and a small network's blocks have a dozen steps that take a microsecond each: called one
-by one, most of the time would be between them. Here a core takes some rows from the first block to the last. Rows are
-alone with their own past, so no core waits for another.
+A token uses each weight once, and a small network's layers take a microsecond or ten each: called one by one, most of
+the time would be between them. Two cores share a layer so that they have to meet twice only (Shoeybi and others, 2019):
+each has some of the heads, and what they are worth in the output; then some of the features of the small network, and
+what those are worth. So each core reads one half of the weights, which may stay in its own cache from token to token.
 """
 
 from __future__ import annotations
 
 import math
+from functools import cache
 from typing import Any
 
 import numpy as np
@@ -16,7 +18,6 @@ from numba import prange
 from tinytorch.kernels.cpu.attention import FLOAT, WIDE, attend_cached, tile
 from tinytorch.kernels.cpu.elementwise import normal_cdf, vsigmoid
 from tinytorch.kernels.cpu.jit import cores, kernel, run
-from tinytorch.kernels.cpu.lines import load_some, store_some
 from tinytorch.kernels.cpu.matmul import TOGETHER, dot_rows
 from tinytorch.kernels.cpu.vectors import (
     LANES,
@@ -28,8 +29,10 @@ from tinytorch.kernels.cpu.vectors import (
     fma,
     keep,
     load,
+    load_part,
     maximum,
     store,
+    store_part,
     total,
 )
 
@@ -50,57 +53,62 @@ def in_strips(columns):
 
 
 @kernel
-def product(x, pitch, rows, depth, weight, columns, out, out_pitch, ones):
-    """Add x (rows, depth) times the weight (depth, columns) to out (rows, columns).
+def product(x, pitch, rows, depth, weight, line, columns, out, out_pitch):
+    """out (rows, columns) = x (rows, depth) times the weight (depth, columns), whose rows are `line` bytes apart.
 
     Addresses, and steps from row to row in bytes. Whole strips are written: what stands behind `columns` in a row of
-    out is anything. ones: the address of SIDE_BY_SIDE ones.
+    out is anything.
     """
     apart()
-    one, four, line = np.int64(FLOAT), rows // SIDE_BY_SIDE * SIDE_BY_SIDE, columns * FLOAT
-    for j in range(0, line, STRIP * FLOAT):
+    one, fresh, four = np.int64(FLOAT), np.int64(0), rows // SIDE_BY_SIDE * SIDE_BY_SIDE
+    for j in range(0, columns * FLOAT, STRIP * FLOAT):
         for i in range(0, four, SIDE_BY_SIDE):
             a, c = x + i * pitch, out + i * out_pitch + j
-            rows_side_by_side(a, pitch, one, weight + j, line, depth, c, out_pitch, ones)
+            rows_side_by_side(a, pitch, one, weight + j, line, depth, c, out_pitch, fresh)
         for i in range(four, rows):
             a, c = x + i * pitch, out + i * out_pitch + j
-            one_row(a, pitch, one, weight + j, line, depth, c, out_pitch, ones)
+            one_row(a, pitch, one, weight + j, line, depth, c, out_pitch, fresh)
 
 
 @kernel
-def add_to_rows(out, out_pitch, rows, start, start_pitch, bias, columns):
-    """Each row of out becomes that of `start` plus a bias; start: 0 for the bias alone."""
+def add_to_rows(out, out_pitch, rows, columns, added, added_pitch):
+    """Add a row of numbers to each row, or the next one to the next row."""
     apart()
+    rest = columns % LANES
+    done = (columns - rest) * FLOAT
     for i in range(rows):
-        for j in range(0, columns * FLOAT, WIDE):
-            rest = columns - j // FLOAT
-            value = load_some(bias + j, rest)
-            if start:
-                value = value + load(start + i * start_pitch + j)
-            store(out + i * out_pitch + j, value)
+        target, source = out + i * out_pitch, added + i * added_pitch
+        for j in range(0, done, WIDE):
+            store(target + j, load(target + j) + load(source + j))
+        if rest:
+            store(target + done, load(target + done) + load_part(source + done, rest))
 
 
 @kernel
 def norm_rows(x, pitch, rows, columns, centered, eps, weight, out):
     """The norm of each row, times a weight, plus the bias behind the weight; without `centered`, the mean stays."""
     apart()
-    bias, line = weight + columns * FLOAT, columns * FLOAT
+    rest, bias = columns % LANES, weight + columns * FLOAT
+    done = (columns - rest) * FLOAT
     for i in range(rows):
-        row, mean = x + i * pitch, broadcast(np.float32(0))
+        row, target, mean = x + i * pitch, out + i * pitch, blank()
         if centered:
-            added = blank()
-            for j in range(0, line, WIDE):
-                added = added + keep(load(row + j), columns - j // FLOAT)
+            added = keep(load(row + done), rest) if rest else blank()
+            for j in range(0, done, WIDE):
+                added = added + load(row + j)
             mean = broadcast(total(added) / np.float32(columns))
-        squares = blank()
-        for j in range(0, line, WIDE):
-            away = keep(load(row + j) - mean, columns - j // FLOAT)
+        away = keep(load(row + done) - mean, rest) if rest else blank()
+        squares = away * away
+        for j in range(0, done, WIDE):
+            away = load(row + j) - mean
             squares = fma(away, away, squares)
         factor = broadcast(np.float32(1) / np.sqrt(total(squares) / np.float32(columns) + np.float32(eps)))
-        for j in range(0, line, WIDE):
-            rest = columns - j // FLOAT
+        for j in range(0, done, WIDE):
             scaled = (load(row + j) - mean) * factor
-            store(out + i * pitch + j, fma(scaled, load_some(weight + j, rest), load_some(bias + j, rest)))
+            store(target + j, fma(scaled, load(weight + j), load(bias + j)))
+        if rest:
+            scaled = (load(row + done) - mean) * factor
+            store(target + done, fma(scaled, load_part(weight + done, rest), load_part(bias + done, rest)))
 
 
 @kernel(forceinline=True)
@@ -140,110 +148,186 @@ def turn_heads(x, heads, half, cos, sin):
 @kernel
 def copy_floats(target, source, count):
     """Copy `count` numbers, and nothing behind them."""
-    for j in range(0, count * FLOAT, WIDE):
-        store_some(target + j, load_some(source + j, count - j // FLOAT), count - j // FLOAT)
+    apart()
+    rest = count % LANES
+    done = (count - rest) * FLOAT
+    for j in range(0, done, WIDE):
+        store(target + j, load(source + j))
+    if rest:
+        store_part(target + done, load_part(source + done, rest), rest)
+
+
+# -- one core's share --------------------------------------------------------------------------------------------------
+
+
+@kernel(inline="always")
+def rooms(rows, width, widest):
+    """What a core works with: (bytes of a row of the stream, of a row of what is wider, float32 in all)."""
+    narrow, wide = in_strips(width) * FLOAT, in_strips(widest) * FLOAT
+    return narrow, wide, rows * 2 * (narrow + wide) // FLOAT
 
 
 @kernel
-def decode_rows(
-    first, last, ids, tokens, positions, blocks, norm, head, keys, values, lengths, cos, sin, out, heads, hidden,
-    choice, centered, eps,
+def gather(stream, pitch, rows, width, bias, sums):
+    """Add a bias and what each core has found to the stream. sums: (cores, rows · pitch)."""
+    apart()
+    add_to_rows(stream, pitch, rows, width, bias, np.int64(0))
+    for i in range(len(sums)):
+        add_to_rows(stream, pitch, rows, width, address(sums[i]), pitch)
+
+
+@kernel
+def attend_part(
+    part, layer, ids, tokens, positions, blocks, keys, values, lengths, cos, sin, sizes, places, eps, scratch, found,
+    query, seen,
 ):  # fmt: skip
-    """The rows from `first` to `last`, from their tokens' ids to the scores of what follows.
+    """Some heads of all rows: their queries, keys and values, attention, and what it is worth in the output.
 
     Args:
-        keys, values: (layers, rows, groups, capacity, features).
-        lengths: how many tokens each row holds.
-        positions, cos, sin: of no length if there are none.
-        hidden, choice: how wide the small networks are, and the number of their activation.
-        centered: whether norms take the mean away.
+        sizes: how many heads, how wide the small network is, its activation, whether norms are centered, and the
+            longest row of what is wider than the stream.
+        places: where the parts of a block begin, in bytes: norm1, qkv, out, norm2, gate, up, down, and the end. A bias
+            stands at the end of its part.
+        scratch: (cores, …), each core's room.
+        found: (2, cores, rows · pitch), what each core found in attention and in the small network.
+        query, seen: (rows, heads · features).
     """
-    layers, _, groups, capacity, features = keys.shape
-    width, rows, own = tokens.shape[1], last - first, features * FLOAT
-    inner, stacked = heads * features, (heads + 2 * groups) * features
-    stream_pitch, qkv_pitch = in_strips(width) * FLOAT, in_strips(stacked) * FLOAT
-    wide_pitch = in_strips(hidden) * FLOAT
-    scratch = np.empty(rows * (2 * stream_pitch + qkv_pitch + 2 * wide_pitch) // FLOAT + SIDE_BY_SIDE, np.float32)
-    stream = address(scratch)
-    normed = stream + rows * stream_pitch
-    qkv = normed + rows * stream_pitch
-    gate = qkv + rows * qkv_pitch
-    up = gate + rows * wide_pitch
-    ones = up + rows * wide_pitch
-    scratch[-SIDE_BY_SIDE:] = 1
-    query, seen = np.empty((len(ids), inner), np.float32), np.empty((len(ids), inner), np.float32)
-    counts = np.minimum(lengths + 1, capacity)
-    scores = np.empty((counts.max() + LANES - 1) // LANES * LANES, np.float32)
-    scale = 1 / math.sqrt(features)
-    for i in range(rows):
-        row, number = stream + i * stream_pitch, first + i
-        copy_floats(row, address(tokens) + ids[number] * width * FLOAT, width)
-        if positions.size:
-            at = address(positions) + lengths[number] * width * FLOAT
-            add_to_rows(row, stream_pitch, np.int64(1), row, stream_pitch, at, width)
-    for layer in range(layers):
-        at = address(blocks) + layer * blocks.shape[1] * FLOAT
-        norm_rows(stream, stream_pitch, rows, width, centered, eps, at, normed)
-        at += 2 * width * FLOAT
-        add_to_rows(qkv, qkv_pitch, rows, np.int64(0), np.int64(0), at + width * stacked * FLOAT, stacked)
-        product(normed, stream_pitch, rows, width, at, stacked, qkv, qkv_pitch, ones)
-        at += (width + 1) * stacked * FLOAT
+    apart()
+    _, rows, groups, capacity, features = keys.shape
+    width, heads, parts = tokens.shape[1], sizes[0], len(scratch)
+    pitch, wide, _ = rooms(rows, width, sizes[4])
+    stream, at, own = address(scratch[part]), address(blocks[layer]), features * FLOAT
+    normed, qkv, each = stream + rows * pitch, stream + 2 * rows * pitch, heads // groups
+    if layer == 0:
         for i in range(rows):
-            row, number = qkv + i * qkv_pitch, first + i
-            if cos.size:
-                angle = lengths[number] * own
-                turn_heads(row, heads + groups, features // 2, address(cos) + angle, address(sin) + angle)
-            copy_floats(address(query) + number * inner * FLOAT, row, inner)
-            for group in range(groups):
-                before = ((layer * len(ids) + number) * groups + group) * capacity
-                place = (before + lengths[number] % capacity) * own
-                copy_floats(address(keys) + place, row + (heads + group) * own, features)
-                copy_floats(address(values) + place, row + (heads + groups + group) * own, features)
-        begin, step = layer * len(ids) * groups * capacity * own, capacity * own
-        key = (address(keys) + begin, np.int64(0), groups * step, step, own)
-        value = (address(values) + begin, np.int64(0), groups * step, step, own)
-        shape = (len(ids), groups, heads // groups, features, features)
-        for number in range(first * groups, last * groups):
-            attend_cached(number, shape, query, key, value, counts, seen, scale, scores)
-        add_to_rows(stream, stream_pitch, rows, stream, stream_pitch, at + inner * width * FLOAT, width)
-        found = address(seen) + first * inner * FLOAT
-        product(found, inner * FLOAT, rows, inner, at, width, stream, stream_pitch, ones)
-        at += (inner + 1) * width * FLOAT
-        norm_rows(stream, stream_pitch, rows, width, centered, eps, at, normed)
-        at += 2 * width * FLOAT
-        if choice == SWIGLU:
-            add_to_rows(gate, wide_pitch, rows, np.int64(0), np.int64(0), at + width * hidden * FLOAT, hidden)
-            product(normed, stream_pitch, rows, width, at, hidden, gate, wide_pitch, ones)
-            at += (width + 1) * hidden * FLOAT
-        add_to_rows(up, wide_pitch, rows, np.int64(0), np.int64(0), at + width * hidden * FLOAT, hidden)
-        product(normed, stream_pitch, rows, width, at, hidden, up, wide_pitch, ones)
-        at += (width + 1) * hidden * FLOAT
-        activate_rows(choice, up, gate, wide_pitch, rows, hidden)
-        add_to_rows(stream, stream_pitch, rows, stream, stream_pitch, at + hidden * width * FLOAT, width)
-        product(up, wide_pitch, rows, hidden, at, width, stream, stream_pitch, ones)
-    norm_rows(stream, stream_pitch, rows, width, centered, eps, address(norm), normed)
-    final = np.empty((rows, width), np.float32)
-    for i in range(rows):  # the scratch is named again, so that it has not been freed before
-        copy_floats(address(final) + i * width * FLOAT, address(scratch) + (rows + i) * stream_pitch, width)
-    dot_rows(0, (len(head) + TOGETHER - 1) // TOGETHER, final, head, norm[0, :0], out[first:last])
+            copy_floats(stream + i * pitch, address(tokens) + ids[i] * width * FLOAT, width)
+            if positions.size:
+                place = address(positions) + lengths[i] * width * FLOAT
+                add_to_rows(stream + i * pitch, pitch, np.int64(1), width, place, np.int64(0))
+    else:
+        gather(stream, pitch, rows, width, address(blocks[layer - 1]) + places[7] - width * FLOAT, found[1])
+    norm_rows(stream, pitch, rows, width, sizes[3], eps, at + places[0], normed)
+    first, last = groups * part // parts, groups * (part + 1) // parts
+    line, queries, count = (heads + 2 * groups) * own, (last - first) * each, last - first
+    to_key = in_strips(queries * features) * FLOAT  # from a row's queries to its keys, and to its values
+    to_value = to_key + in_strips(count * features) * FLOAT
+    for section in range(3):
+        begin = first * each if section == 0 else first + heads + (section - 1) * groups
+        columns = (queries if section == 0 else count) * features
+        target = qkv + (0 if section == 0 else to_key if section == 1 else to_value)
+        product(normed, pitch, rows, width, at + places[1] + begin * own, line, columns, target, wide)
+        add_to_rows(target, wide, rows, columns, at + places[2] - line + begin * own, np.int64(0))
+    shape, step, counts = (rows, groups, each, features, features), capacity * own, np.minimum(lengths + 1, capacity)
+    before = layer * rows * groups * step
+    key = (address(keys) + before, np.int64(0), groups * step, step, own)
+    value = (address(values) + before, np.int64(0), groups * step, step, own)
+    scores, scale = np.empty((counts.max() + LANES - 1) // LANES * LANES, np.float32), 1 / math.sqrt(features)
+    for i in range(rows):
+        row = qkv + i * wide
+        if cos.size:
+            angle = lengths[i] * own
+            turn_heads(row, queries, features // 2, address(cos) + angle, address(sin) + angle)
+            turn_heads(row + to_key, count, features // 2, address(cos) + angle, address(sin) + angle)
+        copy_floats(address(query[i]) + first * each * own, row, queries * features)
+        for group in range(first, last):
+            place, head = (i * groups + group) * step + lengths[i] % capacity * own, (group - first) * own
+            copy_floats(key[0] + place, row + to_key + head, features)
+            copy_floats(value[0] + place, row + to_value + head, features)
+            attend_cached(i * groups + group, shape, query, key, value, counts, seen, scale, scores)
+    begin = first * each * own
+    product(address(seen) + begin, heads * own, rows, queries * features, at + places[2] + begin * width, width * FLOAT,
+            width, address(found[0, part]), pitch)  # fmt: skip
 
 
 @kernel
-def decode_serially(parts, *arguments):
-    ids = arguments[0]
-    decode_rows(0, len(ids), *arguments)
+def expand_part(part, layer, tokens, blocks, sizes, places, eps, rows, scratch, found):
+    """Some features of the small network, of all rows, and what they are worth in the output."""
+    apart()
+    parts, width, hidden, choice = len(scratch), tokens.shape[1], sizes[1], sizes[2]
+    pitch, wide, _ = rooms(rows, width, sizes[4])
+    stream, at = address(scratch[part]), address(blocks[layer])
+    normed, up = stream + rows * pitch, stream + 2 * rows * pitch
+    gate, first, count = up + rows * wide, hidden * part // parts, hidden * (part + 1) // parts - hidden * part // parts
+    gather(stream, pitch, rows, width, at + places[3] - width * FLOAT, found[0])
+    norm_rows(stream, pitch, rows, width, sizes[3], eps, at + places[3], normed)
+    for name in range(4 if choice == SWIGLU else 5, 6):
+        target, begin, line = (gate if name == 4 else up), at + first * FLOAT, hidden * FLOAT
+        product(normed, pitch, rows, width, begin + places[name], line, count, target, wide)
+        add_to_rows(target, wide, rows, count, begin + places[name + 1] - line, np.int64(0))
+    activate_rows(choice, up, gate, wide, rows, count)
+    weight = at + places[6] + first * width * FLOAT
+    product(up, wide, rows, count, weight, width * FLOAT, width, address(found[1, part]), pitch)
+
+
+@kernel
+def score_part(part, tokens, blocks, norm, head, sizes, places, eps, scratch, found, out):
+    """The scores of some tokens, for all rows."""
+    apart()
+    parts, (rows, vocabulary), width = len(scratch), out.shape, tokens.shape[1]
+    pitch, _, _ = rooms(rows, width, sizes[4])
+    stream, last = address(scratch[part]), address(blocks[len(blocks) - 1])
+    normed, final = stream + rows * pitch, np.empty((rows, width), np.float32)
+    gather(stream, pitch, rows, width, last + places[7] - width * FLOAT, found[1])
+    norm_rows(stream, pitch, rows, width, sizes[3], eps, address(norm), normed)
+    for i in range(rows):
+        copy_floats(address(final[i]), normed + i * pitch, width)
+    groups = (vocabulary + TOGETHER - 1) // TOGETHER
+    dot_rows(groups * part // parts, groups * (part + 1) // parts, final, head, norm[0, :0], out)
+
+
+@kernel
+def room_for(parts, rows, width, inner, widest):
+    """What the cores work with: scratch, found, query and seen."""
+    pitch, _, size = rooms(rows, width, widest)
+    scratch, found = np.empty((parts, size), np.float32), np.empty((2, parts, rows * pitch // FLOAT), np.float32)
+    return scratch, found, np.empty((rows, inner), np.float32), np.empty((rows, inner), np.float32)
+
+
+@kernel
+def decode_serially(
+    parts, ids, tokens, positions, blocks, norm, head, keys, values, lengths, cos, sin, sizes, places, eps, out
+):  # fmt: skip
+    part, inner = np.int64(0), sizes[0] * keys.shape[4]
+    scratch, found, query, seen = room_for(1, len(ids), tokens.shape[1], inner, sizes[4])
+    for layer in range(len(blocks)):
+        attend_part(part, layer, ids, tokens, positions, blocks, keys, values, lengths, cos, sin, sizes, places, eps,
+                    scratch, found, query, seen)  # fmt: skip
+        expand_part(part, layer, tokens, blocks, sizes, places, eps, len(ids), scratch, found)
+    score_part(part, tokens, blocks, norm, head, sizes, places, eps, scratch, found, out)
 
 
 @kernel(parallel=True)
-def decode_on_cores(parts, ids, *arguments):
+def decode_on_cores(
+    parts, ids, tokens, positions, blocks, norm, head, keys, values, lengths, cos, sin, sizes, places, eps, out
+):  # fmt: skip
+    inner, rows = sizes[0] * keys.shape[4], len(ids)
+    scratch, found, query, seen = room_for(parts, rows, tokens.shape[1], inner, sizes[4])
+    for layer in range(len(blocks)):
+        for part in prange(parts):
+            attend_part(np.int64(part), layer, ids, tokens, positions, blocks, keys, values, lengths, cos, sin, sizes,
+                        places, eps, scratch, found, query, seen)  # fmt: skip
+        for part in prange(parts):
+            expand_part(np.int64(part), layer, tokens, blocks, sizes, places, eps, rows, scratch, found)
     for part in prange(parts):
-        number = np.int64(part)
-        decode_rows(len(ids) * number // parts, len(ids) * (number + 1) // parts, ids, *arguments)
+        score_part(np.int64(part), tokens, blocks, norm, head, sizes, places, eps, scratch, found, out)
 
 
 # -- entry point -------------------------------------------------------------------------------------------------------
 
 NOTHING = np.empty((0, 0), np.float32)
+
+
+@cache
+def sizes_and_places(
+    width: int, heads: int, groups: int, features: int, hidden: int, mlp: str, norm: str
+) -> tuple[np.ndarray, np.ndarray]:
+    """What `attend_part` says of them."""
+    inner, stacked, gated = heads * features, (heads + 2 * groups) * features, mlp == "swiglu"
+    longest = max(stacked + 3 * STRIP, hidden)
+    parts = (0, 2 * width, (width + 1) * stacked, (inner + 1) * width, 2 * width, gated * (width + 1) * hidden,
+             (width + 1) * hidden, (hidden + 1) * width)  # fmt: skip
+    sizes = np.array([heads, hidden, ACTIVATIONS.index(mlp), norm == "layer", longest])
+    return sizes, FLOAT * np.cumsum(parts)
 
 
 def decode(
@@ -252,10 +336,10 @@ def decode(
     sin: np.ndarray | None = None, *, config: Any,
 ) -> np.ndarray:  # fmt: skip
     """One token of each row through a model; its keys and values are written to their places: module 19's twin."""
-    out = np.empty((len(ids), len(head)), np.float32)
+    groups, features, rows = keys.shape[2], keys.shape[4], len(ids)
+    known = tokens.shape[1], config.num_heads, groups, features, config.hidden_size, config.mlp, config.norm
+    out, parts, work = np.empty((rows, len(head)), np.float32), min(cores(), groups), (1 + rows) * blocks.size // 8
     positions, cos, sin = (NOTHING if x is None else x for x in (positions, cos, sin))
-    parts, work = min(cores(), len(ids)), (1 + len(ids)) * (blocks.size + head.size) // 8
     run(decode_serially, decode_on_cores, work if parts > 1 else 0, parts, ids, tokens, positions, blocks, norm, head,
-        keys, values, lengths, cos, sin, out, config.num_heads, config.hidden_size, ACTIVATIONS.index(config.mlp),
-        config.norm == "layer", config.norm_eps)  # fmt: skip
+        keys, values, lengths, cos, sin, *sizes_and_places(*known), config.norm_eps, out)  # fmt: skip
     return out
