@@ -67,7 +67,8 @@ def bench_model(
         peaks.append(memory_of(work.forward).peak if is_on_cpu(work) else None)
     results: dict[str, Any] = {"model": name, **describe(work)}
     results["batches"] = [
-        {"batch": one.items, **summary(one), "first": one.first, "samples": len(one.times), "settled": one.settled,
+        {"batch": one.items, **summary(one), "first": one.first, "samples": len(one.times),
+         "calls_per_sample": one.number_per_run, "settled": one.settled,
          "peak_bytes": peak}
         for one, peak in zip(measurements, peaks, strict=True)
     ]  # fmt: skip
@@ -255,6 +256,8 @@ def bench_lines(found: dict[str, Any]) -> list[str]:
     """What else `bench_model` has found, a line each."""
     lines = [f"{found['model']}: {found['parameters']:,} parameters, {show_bytes(found['bytes'])} on disk"]
     for row in found["batches"]:
+        if (calls := row["calls_per_sample"]) > 1:
+            lines.append(f"batch {row['batch']}: too short for single calls; percentiles are of means of {calls}")
         if not row["settled"]:
             lines.append(f"batch {row['batch']}: times had not settled, so they are those of this moment only")
     for what in OVER:

@@ -245,8 +245,8 @@ def test_the_warm_up_is_found() -> None:
 
 # %% [markdown]
 # ### One candidate
-# A sample is one call where that takes a hundred times as long as reading the clock, else several. (`_elapsed`, from
-# module 01, waits for a GPU's result before it stops the clock.) The first call is kept apart: it is what a
+# A sample is one call where that takes a hundred times as long as what goes on around it, else several. (`_elapsed`,
+# from module 01, waits for a GPU's result before it stops the clock.) The first call is kept apart: it is what a
 # user waits for after a start. Throughput is what is done in *all* the time, slow calls included; so it takes the mean.
 
 
@@ -308,19 +308,16 @@ def test_a_measurement_describes_its_times() -> None:
 
 
 def calls_for(function: Callable, args: tuple, least: float, clock: Clock) -> int:
-    """How many calls take at least so many seconds: a power of two."""
+    """How many calls take at least so many seconds, twice, as one may have been interrupted: a power of two."""
     calls = 1
-    while _elapsed(function, args, calls, clock) < least:
+    while any(_elapsed(function, args, calls, clock) < least for _ in range(2)):
         calls *= 2
     return calls
 
 
-def clock_cost(clock: Clock) -> float:
-    """Seconds that reading a clock takes."""
-    start = clock()
-    for _ in range(99):
-        clock()
-    return (clock() - start) / 100
+def sample_cost(clock: Clock) -> float:
+    """Seconds that a sample takes without what is measured."""
+    return min(_elapsed(lambda: None, (), 1, clock) for _ in range(5))
 
 
 PATIENCE, MOST = 4, 10_000  # how often times that have not settled are given more time; samples in each of these
@@ -337,7 +334,7 @@ def benchmark(
         clock: returns seconds.
     """
     first = _elapsed(function, args, 1, clock)
-    calls = calls_for(function, args, 100 * clock_cost(clock), clock)
+    calls = calls_for(function, args, 100 * sample_cost(clock), clock)
     times: list[float] = []
     for _ in range(PATIENCE):
         begun, before = clock(), len(times)

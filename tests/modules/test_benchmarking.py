@@ -159,6 +159,19 @@ def test_candidates_take_turns() -> None:
     assert found.verdict == "equal"
 
 
+def test_short_candidates_are_timed_by_the_call() -> None:
+    machine = SimulatedMachine(1)
+    found = compare(machine.task(1e-4), machine.task(3.1e-4), clock=machine.clock)  # 16 calls a sample, and 4
+    assert found.low < 3.1 < found.high
+    assert all(a < 1e-3 for a, _ in found.pairs[:5])
+
+
+def test_what_goes_on_around_a_sample_weighs_little() -> None:
+    found = benchmark(abs, -1, seconds=0.01)
+    assert found.number_per_run >= 256
+    assert found.median < 1e-5  # a microsecond or two pass between two readings of the clock
+
+
 def test_a_comparison_ends_in_time() -> None:
     machine = SimulatedMachine(noise=0.5)
     start = machine.now
