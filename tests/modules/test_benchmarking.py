@@ -286,8 +286,11 @@ def test_arrivals_are_those_of_the_rate() -> None:
 
 def test_the_highest_rate_grows_with_the_bound() -> None:
     machine = SimulatedMachine(2)
-    rates = [server(machine.task(0.01), bound, queries=500, clock=machine.clock).rate for bound in (0.03, 0.06, 0.2)]
-    assert 0 < rates[0] < rates[1] < rates[2] < 100
+    found = [server(machine.task(0.01), bound, queries=500, clock=machine.clock) for bound in (0.03, 0.06, 0.2)]
+    assert 0 < found[0].rate < found[1].rate < found[2].rate < 100
+    for one in found:  # tried once more, after seven times of halving
+        assert len(one.loads) >= 8
+        assert one.loads[-1].rate == one.rate
 
 
 def test_pareto_fronts_are_those_of_the_definition() -> None:
