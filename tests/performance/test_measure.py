@@ -69,6 +69,8 @@ def test_growth_over_batch_width_and_length(tmp_path: Path, capsys: pytest.Captu
     assert found["exponent"] == pytest.approx(slope, abs=1e-9)  # three sizes at equal distances: the ends decide
     assert call(*bench(tmp_path, "--over", "width")) == 0
     assert "time grows with width to the power of" in capsys.readouterr().out
+    names = [one.name for one in load_report(tmp_path / "report.json").measurements]
+    assert names == ["batch 1", "batch 4", *(f"over width {width}" for width in (64, 128, 256, 512))]
     assert (tmp_path / "width.png").exists()
     assert measure.scaling_of("gpt", "length", (), None).sizes == (8, 16, 32, 64)
 
