@@ -7,7 +7,7 @@ import subprocess
 import sys
 import tempfile
 from collections.abc import Callable, Sequence
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -60,6 +60,7 @@ def bench_model(
     """
     check_choices(scenario, over)
     claim(out)
+    grown = scaling_of(name, over, batches, device) if over else None
     measurements, peaks = [], []
     for batch in sorted(set(batches)):
         work = workload(name, device, batch)
@@ -67,18 +68,18 @@ def bench_model(
         peaks.append(memory_of(work.forward).peak if is_on_cpu(work) else None)
     results: dict[str, Any] = {"model": name, **describe(work)}
     results["batches"] = [
-        {"batch": one.items, **summary(one), "first": one.first, "samples": len(one.times), "settled": one.settled,
+        {"batch": one.items, **summary(one), "first": one.first, "samples": len(one.times),
+         "calls_per_sample": one.number_per_run, "settled": one.settled,
          "peak_bytes": peak}
         for one, peak in zip(measurements, peaks, strict=True)
     ]  # fmt: skip
     plot_latencies(measurements, out / "latency.png", f"{name}: latency by batch")
     if scenario:
         results[scenario] = play(scenario, name, work, measurements, bound, out, device)
-    if over:
-        found = scaling_of(name, over, batches, device)
-        results[f"over {over}"] = describe_scaling(found)
-        plot_scaling({"": found}, out / f"{over}.png", over, f"{name}: time over {over}")
-        measurements += found.measurements
+    if grown:
+        results[f"over {over}"] = describe_scaling(grown)
+        plot_scaling({"": grown}, out / f"{over}.png", str(over), f"{name}: time over {over}")
+        measurements += [replace(one, name=f"over {over} {one.name}") for one in grown.measurements]
     settings = {"model": name, "batches": list(batches), "scenario": scenario, "over": over, "seconds": seconds}
     results["report"] = str(out / "report.json")
     save_report(Report(tuple(measurements), settings, results), out / "report.json")
@@ -185,7 +186,7 @@ def over_threads(name: str, device: str | None, rounds: int = 5) -> Scaling:
     for _ in range(rounds):
         for count in counts:
             times[count].append(median_with(count, name, device))
-    found = tuple(Measurement(1, tuple(times[count]), f"{count} threads") for count in counts)
+    found = tuple(Measurement(1, tuple(times[count]), f"{count}") for count in counts)
     return Scaling(tuple(counts), found, *fit_power(counts, [one.median for one in found]))
 
 
@@ -255,6 +256,8 @@ def bench_lines(found: dict[str, Any]) -> list[str]:
     """What else `bench_model` has found, a line each."""
     lines = [f"{found['model']}: {found['parameters']:,} parameters, {show_bytes(found['bytes'])} on disk"]
     for row in found["batches"]:
+        if (calls := row["calls_per_sample"]) > 1:
+            lines.append(f"batch {row['batch']}: too short for single calls; percentiles are of means of {calls}")
         if not row["settled"]:
             lines.append(f"batch {row['batch']}: times had not settled, so they are those of this moment only")
     for what in OVER:

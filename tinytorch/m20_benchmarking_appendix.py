@@ -9,6 +9,7 @@ import json
 import math
 import os
 import platform
+import statistics
 import time
 import timeit
 from collections.abc import Mapping, Sequence
@@ -30,7 +31,6 @@ from tinytorch.m20_benchmarking import (
     Measurement,
     Scaling,
     ServerResult,
-    clock_cost,
     pareto_front,
     quantile,
     verdict,
@@ -69,7 +69,8 @@ class Timer:
 
     def blocked_autorange(self, min_run_time: float = 0.2) -> Measurement:
         """Samples for so many seconds, each of as many runs as make the cost of the clock negligible."""
-        least, number = max(1e4 * clock_cost(self.timer), min_run_time / 1000), 1
+        overhead = statistics.median(self._timer.timeit(0) for _ in range(5))
+        least, number = max(1e4 * overhead, min_run_time / 1000), 1
         while self._timer.timeit(number) < least:
             number *= 10
         times: list[float] = []

@@ -159,10 +159,23 @@ def test_candidates_take_turns() -> None:
     assert found.verdict == "equal"
 
 
+def test_short_candidates_are_timed_by_the_call() -> None:
+    machine = SimulatedMachine(1)
+    found = compare(machine.task(1e-4), machine.task(3.1e-4), seed=1, clock=machine.clock)  # 16 calls a sample, and 4
+    assert found.low < 3.1 < found.high
+    assert 1e-4 < quantile([a for a, _ in found.pairs], 0.5) < 1.5e-4
+
+
+def test_what_goes_on_around_a_sample_weighs_little() -> None:
+    found = benchmark(abs, -1, seconds=0.01)
+    assert found.number_per_run >= 256
+    assert found.median < 1e-5  # a microsecond or two pass between two readings of the clock
+
+
 def test_a_comparison_ends_in_time() -> None:
     machine = SimulatedMachine(noise=0.5)
     start = machine.now
-    found = compare(machine.task(1.0), machine.task(1.03), seconds=100, clock=machine.clock)
+    found = compare(machine.task(1.0), machine.task(1.03), seconds=100, seed=1, clock=machine.clock)
     assert machine.now - start < 2000
     assert len(found.pairs) < 100
     assert found.verdict == "undecided"
@@ -273,8 +286,11 @@ def test_arrivals_are_those_of_the_rate() -> None:
 
 def test_the_highest_rate_grows_with_the_bound() -> None:
     machine = SimulatedMachine(2)
-    rates = [server(machine.task(0.01), bound, queries=500, clock=machine.clock).rate for bound in (0.03, 0.06, 0.2)]
-    assert 0 < rates[0] < rates[1] < rates[2] < 100
+    found = [server(machine.task(0.01), bound, queries=500, clock=machine.clock) for bound in (0.03, 0.06, 0.2)]
+    assert 0 < found[0].rate < found[1].rate < found[2].rate < 100
+    for one in found:  # tried once more, after seven times of halving
+        assert len(one.loads) >= 8
+        assert one.loads[-1].rate == one.rate
 
 
 def test_pareto_fronts_are_those_of_the_definition() -> None:
