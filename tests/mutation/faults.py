@@ -32,6 +32,7 @@ CHAPTER_TESTS = {
     "15": ("tinytorch/m15_*.py", "tests/modules/test_profiling.py", "tests/checkpoints/test_15_*.py"),
     "17": ("tinytorch/m17_*.py", "tests/modules/test_quantization.py", "tests/checkpoints/test_17_*.py"),
     "18": ("tinytorch/m18_*.py", "tests/modules/test_compression*.py", "tests/checkpoints/test_18_*.py"),
+    "19": ("tinytorch/m19_*.py", "tests/modules/test_caching.py", "tests/checkpoints/test_19_*.py"),
     "20": ("tinytorch/m20_*.py", "tests/modules/test_benchmarking.py", "tests/checkpoints/test_20_*.py"),
     "backends": ("tests/backends", EDGES, "tests/modules/test_tensor*.py", "tests/modules/test_autograd*.py"),
 }
@@ -1095,7 +1096,8 @@ ATTENTION = [
         ("if dropout_p:", "if False:", "attention forgets its dropout"),
         ("self.dropout if self.training else 0.0, self.is_causal", "self.dropout, self.is_causal",
          "attention drops weights in evaluation too"),
-        ("else (self.rotary(query), self.rotary(key), value)", "else (self.rotary(query), key, value)",
+        ("query, key = (self.rotary(x, positions=positions) for x in (query, key))",
+         "query = self.rotary(query, positions=positions)",
          "keys are not turned by their places"),
     ),
     *faults_in(
@@ -1124,7 +1126,7 @@ TRANSFORMERS = faults_in(
      "rms_norm of half precision overflows"),
     ("shifted = elementwise_affine and bias", "shifted = elementwise_affine", "LayerNorm(bias=False) has a bias"),
     ("mul(silu(self.gate(x)), self.up(x))", "mul(self.gate(x), silu(self.up(x)))", "the gate is the other layer"),
-    ("x = self.norm1(x + self.dropout(self.attention(x)))\n", "x = self.norm1(self.dropout(self.attention(x)))\n",
+    ("x = self.norm1(x + self.dropout(attend(x)))\n", "x = self.norm1(self.dropout(attend(x)))\n",
      "the first transformer's block lacks its first sum"),
     ("0.02 / math.sqrt(2 * self.config.num_layers) if writes", "0.02 if writes",
      "what is written into the stream grows with the depth"),
@@ -1145,13 +1147,9 @@ TRANSFORMERS = faults_in(
      "the penalty makes improbable tokens more probable"),
     ("(sums <= Tensor(numbers) * sums[:, -1:])", "(sums < Tensor(numbers) * sums[:, -1:] * 0.9)",
      "the last tokens are drawn too seldom"),
-    ("row[-model.config.context_length :]", "row[: model.config.context_length]",
-     "of a long text the beginning is read and not the end"),
-    ("[len(row) - 1 for row in windows]", "[longest - 1 for row in windows]",
-     "a short row is continued from behind its padding"),
-    ("with no_grad(), evaluating(model):", "with no_grad():", "writing drops features"),
     ("if row[-1] not in stops]", "if True]", "a row goes on behind its stop token"),
-    ("else backend_of(some.data).seeded(seed)", "else nullcontext()", "a seed has no influence"),
+    ("else backend_of(model.tokens.weight.data).seeded(seed)", "else nullcontext()", "a seed has no influence"),
+    ("return scores.argmax(1).tolist()", "return scores.argmin(1).tolist()", "the least probable token is taken"),
     ('    row = list(prompt.tolist() if isinstance(prompt, Tensor) else prompt)\n',
      '    row = prompt if isinstance(prompt, list) else list(prompt.tolist())\n',
      "a stream writes into the caller's prompt"),
@@ -1329,53 +1327,6 @@ TRANSFORMERS_APPENDIX = [
     ),
 ]
 
-<<<<<<< HEAD
-=======
-PROFILE = ("tests/modules/test_profiling.py",)
-PROFILING = [
-    *faults_in(
-        "tinytorch/m15_profiling.py",
-        ("first, last = len(a) * part // parts, len(a) * (part + 1) // parts\n        triad",
-         "first, last = len(a) // parts * part, len(a) // parts * (part + 1)\n        triad",
-         "the last numbers of a triad belong to no core"),
-        ("sum(min(i + 1, keys) for i in range(queries))", "sum(min(i, keys) for i in range(queries))",
-         "no query of a causal attention sees itself"),
-        ("(3 * key.shape[-1] + 2 * value.shape[-1])", "(2 * key.shape[-1] + 2 * value.shape[-1])",
-         "attention's gradients do not count the scores that they make again"),
-        ("len({0, 1} & {*tracked})", "len(tracked)", "the bias's gradient counts as a product"),
-        ("        owner = array if type(array) is kind else owner\n", "        pass\n", "a view owns memory"),
-        ("if key in self.live or not size:", "if not size:", "an array is entered whenever it is seen"),
-        ("            self.changes.append((clock(), -entry.size))", "            pass", "nothing is ever freed"),
-        ("        values.clear()", "        pass", "the profiler keeps gradients alive"),
-        ("(self.end - self.start - self.inner) / 1e9", "(self.end - self.start) / 1e9",
-         "what goes on inside of a range is counted twice"),
-        ("event.module, event.place = forward.module, forward.place", "event.module, event.place = \"\", place",
-         "backward belongs to no layer"),
-        ("rest = p.total_seconds - p.observing_seconds - sum", "rest = p.total_seconds - sum",
-         "the profiler's own time is counted twice"),
-        ("        if event.thread == p.thread:\n", "        if True:\n",
-         "what other threads do meanwhile is added to the time of this one"),
-        ("        Optimizer.together.clear()\n", "", "optimizers are timed after the profile's end"),
-        ("            self.ledger.live.clear()", "            pass", "the memory goes on changing after the block"),
-        tests=PROFILE,
-    ),
-    *faults_in(
-        "tinytorch/m15_profiling_appendix.py",
-        ("[min(peak, i * rate) / 1e9 for i in intensities]", "[max(peak, i * rate) / 1e9 for i in intensities]",
-         "a roof of the larger of both limits"),
-        ("windows: 2 * count(largest)", "windows: count(largest)", "additions to maxima's places are not counted"),
-        ("query.shape[1] * int(lengths.sum())", "query.shape[1] * key.shape[2] * len(lengths)",
-         "places of the cache that are empty count"),
-        ("\"ts\": (e.start - p.started) / 1e3", "\"ts\": (e.start - p.started) / 1e6",
-         "a timeline's events begin at a thousandth of their time"),
-        ("layer_path(model, f\"{name}.{inner}\".strip(\".\"), kind)", "layer_path(model, name, kind)",
-         "a network's summary leaves the layers inside of layers out"),
-        ("        top = found[i] - gap\n", "        top = found[i]\n", "names in the roofline cover each other"),
-        tests=PROFILE,
-    ),
-]  # fmt: skip
-
->>>>>>> m15
 ACCELERATION = [
     *faults_in(
         "tinytorch/m16_acceleration.py",
@@ -1794,6 +1745,8 @@ PROFILING = [
     ),
     *faults_in(
         "tinytorch/m15_profiling_appendix.py",
+        ("[min(peak, i * rate) / 1e9 for i in intensities]", "[max(peak, i * rate) / 1e9 for i in intensities]",
+         "a roof of the larger of both limits"),
         ("windows: 2 * count(largest)", "windows: count(largest)", "additions to maxima's places are not counted"),
         ("query.shape[1] * int(lengths.sum())", "query.shape[1] * key.shape[2] * len(lengths)",
          "places of the cache that are empty count"),
@@ -1964,6 +1917,63 @@ COMPRESSION = [
     ),
 ]  # fmt: skip
 
+READING = faults_in(  # seen where it is compared with the cache, which stands in for it elsewhere
+    "tinytorch/m14_transformers.py",
+    ("row[-model.config.context_length :]", "row[: model.config.context_length]",
+     "of a long text the beginning is read and not the end"),
+    ("[len(row) - 1 for row in windows]", "[longest - 1 for row in windows]",
+     "a short row is continued from behind its padding"),
+    ("with no_grad(), evaluating(model):", "with no_grad():", "writing drops features"),
+    tests=("tinytorch/m19_*.py", "tests/modules/test_caching.py"),
+)  # fmt: skip
+
+CACHING = [
+    *faults_in(
+        "tinytorch/m19_caching.py",
+        ("* (config.num_kv_heads or config.num_heads) * config.head_size * itemsize",
+         "* config.num_heads * config.head_size * itemsize",
+         "grouped queries save nothing"),
+        ("(pad(x, (0, 0, 0, more)) for x in", "(pad(x, (0, 0, more, 0)) for x in",
+         "room is made in front of what is held"),
+        ("self.positions = clamp(places, max=last)", "self.positions = clamp(steps + 0 * start, max=last)",
+         "new tokens stand at the beginning"),
+        ("start - 1 - (start - 1 - arange(capacity, device=device)) % capacity",
+         "arange(capacity, device=device) + 0 * start",
+         "places in a circle are taken for positions"),
+        ("(known > asked - window)", "(known >= asked - window)", "a window sees a token more"),
+        ("seen = (known >= 0) & (known <= asked)", "seen = known <= asked", "empty places are seen"),
+        ("min(n + m, capacity) for n, m", "min(n, capacity) for n, m", "a token does not see itself"),
+        ("if found[j] < len(held) > self.store.limit:", "if False:", "what was overwritten in a circle is used"),
+        ("shared_length(row[: len(row) - asked], held)", "shared_length(row[: len(row)], held)",
+         "a row that is held wholly leaves nothing to read"),
+        ("(found[j], j == i), default=0)", "(j == i, found[j]), default=0)", "rows share no beginnings"),
+        ("with evaluating(model):", "with nullcontext():", "a cache drops features"),
+        ("all(type(layer) in KNOWN and not layer._hooks for", "all(type(layer) in KNOWN for", "hooks are not called"),
+        ("or layers[name].weight.shape != shape[::-1]:", "or False:", "a pruned layer is packed as if it were whole"),
+        ("if not 0 <= min(new) <= max(new) < model.config.vocab_size:", "if False:", "an id that is no row is read"),
+        ("if number * proposed[i, token].item() >= wanted[i, token].item():", "if wanted[i, token].item() == 0:",
+         "drafts are kept whatever the model thinks"),
+        ("draw(clamp(wanted[i : i + 1] - proposed[i : i + 1], min=0), chance)", "draw(wanted[i : i + 1], chance)",
+         "instead of a rejected draft one draws from all"),
+        ("cache = KVCache(model) if chosen is True else chosen", "cache = KVCache(model)",
+         "a chosen cache is not used"),
+        ("            if token in stops:\n", "            if token in ():\n", "drafts go on behind a stop token"),
+    ),
+    *faults_in(
+        "kernels/cpu/decoding.py",
+        ("counts = np.minimum(lengths + 1, capacity)", "counts = np.minimum(lengths, capacity)",
+         "a token in one call does not see itself"),
+        ("lengths[number] % capacity) * own", "min(lengths[number], capacity - 1)) * own",
+         "a circle ends at its last place"),
+        ("(load(row + j) - mean) * factor", "load(row + j) * factor", "norms keep the mean"),
+        ("row[k] = low * cosines[k] - high * sines[k]", "row[k] = low * cosines[k] + high * sines[k]",
+         "heads are turned the other way"),
+        ("turn_heads(row, heads + groups,", "turn_heads(row, heads,", "keys are not turned"),
+        ("angle = lengths[number] * own", "angle = (lengths[number] + 1) * own",
+         "heads are turned by the next place's angle"),
+    ),
+]  # fmt: skip
+
 BENCHMARKING = [
     *faults_in(
         "tinytorch/m20_benchmarking.py",
@@ -2029,5 +2039,5 @@ BENCHMARKING = [
 
 FAULTS = [*TENSOR, *BACKENDS, *ACTIVATIONS, *LAYERS, *LOSSES, *AUTOGRAD, *OPTIMIZERS, *TRAINING, *SPATIAL, *SEEDED,
           *DATALOADER, *DATALOADER_APPENDIX, *TOKENIZATION, *EMBEDDINGS, *ATTENTION, *TRANSFORMERS, *ROWS,
-          *TRANSFORMERS_APPENDIX, *PROFILING, *ACCELERATION, *KERNELS, *QUANTIZATION, *COMPRESSION,
-          *BENCHMARKING]  # fmt: skip
+          *TRANSFORMERS_APPENDIX, *ACCELERATION, *KERNELS, *PROFILING, *QUANTIZATION, *COMPRESSION, *READING,
+          *CACHING, *BENCHMARKING]  # fmt: skip
