@@ -330,7 +330,7 @@ class KVCache:
             for j, held in enumerate(self.tokens):
                 if found[j] < len(held) > self.store.limit:
                     found[j] = 0  # it went round in a circle
-            source = max(range(len(found)), key=lambda j: (found[j], j == i), default=0)  # noqa: B023
+            source = max(range(len(found)), key=lambda j: (found[j], j == i), default=0)
             sources.append(source)
             shares.append(found[source] if found else 0)
         self.store.take_rows(sources)
