@@ -17,9 +17,8 @@ from numba.extending import intrinsic, models, overload, register_model
 
 from tinytorch.kernels.cpu.jit import LANES
 
-__all__ = ["LANES", "address", "apart", "blank", "broadcast", "floats", "fma", "keep", "largest", "load",
-           "load_part", "maximum", "minimum", "store", "store_part", "total", "where_equal",
-           "where_less"]  # fmt: skip
+__all__ = ["LANES", "address", "apart", "blank", "broadcast", "floats", "fma", "keep", "largest", "load", "load_part",
+           "maximum", "minimum", "store", "store_part", "total", "where_equal", "where_less"]  # fmt: skip
 
 F32, I1, I32, I64 = ir.FloatType(), ir.IntType(1), ir.IntType(32), ir.IntType(64)
 VECTOR = ir.VectorType(F32, LANES)
