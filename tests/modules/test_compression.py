@@ -75,6 +75,14 @@ def test_an_optimizer_made_before_goes_on_and_what_is_masked_rests() -> None:
     assert ((net[0].weight != 0) & (mask == 0)).sum().item() == 0
 
 
+def test_a_second_mask_comes_on_top_of_the_first() -> None:
+    layer = custom_from_mask(Linear(4, 1), "weight", tensor([[0.0, 1.0, 1.0, 1.0]]))
+    custom_from_mask(layer, "weight", tensor([[1.0, 0.0, 1.0, 1.0]]))
+    assert layer.weight_mask.tolist() == [[0, 0, 1, 1]]
+    l1_unstructured(layer, "weight", 0.5, importance_scores=tensor([[-9.0, 9.0, 2.0, 1.0]]))
+    assert layer.weight_mask.tolist() == [[0, 0, 1, 0]]
+
+
 @pytest.mark.parametrize(("amount", "masked"), [(0.5, 2), (0.3, 1), (0.1, 0), (0.9, 3), (1.0, 3), (1, 1)])
 def test_shares_are_rounded_to_the_nearest_number(amount: float, masked: int) -> None:
     assert (l1_unstructured(Linear(3, 1), "weight", amount).weight == 0).sum().item() == masked
