@@ -191,7 +191,7 @@ class Plan:
             kept = expand((steps < ends) & (steps >= ends - capacity), shape=source.shape)
             source, target = source[kept], target[kept]
         self.source, self.target = source.reshape(-1), target.reshape(-1)
-        self.mask = None
+        self.mask: Any = None
         if longest > 1 and (max(held) or (window or longest) < longest):
             there = start - 1 - (start - 1 - arange(capacity, device=device)) % capacity
             asked, known = unsqueeze(places, 2), unsqueeze(joined([there, places], 1), 1)
@@ -305,21 +305,21 @@ class KVCache:
             pairs = zip(rows, self.tokens, strict=True)
             if all(len(row) == len(held) + 1 <= context and row[:-1] == held for row, held in pairs):  # the usual case
                 return self._read_at_once([row[-1] for row in rows])
-        rows = [list(row[-context:]) for row in rows]
+        texts = [list(row[-context:]) for row in rows]
         asked = 1 if last is None else last
-        if not rows or not 1 <= asked <= min(map(len, rows)):
+        if not texts or not 1 <= asked <= min(map(len, texts)):
             raise ValueError(f"KVCache.read: expected rows of at least {max(1, asked)} tokens, and last >= 1; got rows "
-                             f"of {[len(row) for row in rows]} tokens")  # fmt: skip
-        self._take_over(rows, asked)
-        new = [row[len(known) :] for row, known in zip(rows, self.tokens, strict=True)]
+                             f"of {[len(row) for row in texts]} tokens")  # fmt: skip
+        self._take_over(texts, asked)
+        new = [row[len(known) :] for row, known in zip(texts, self.tokens, strict=True)]
         if max(map(len, new)) == 1 and self._at_once():
             scores = self._read_at_once([token for (token,) in new])
             return scores if last is None else unsqueeze(scores, 1)
         with no_grad():
-            numbers = [[i] * asked for i in range(len(rows))]
+            numbers = [[i] * asked for i in range(len(texts))]
             ends = [list(range(len(row) - asked, len(row))) for row in new]
             scores = self.model.scores(self._features(new)[numbers, ends])
-        self.tokens = rows
+        self.tokens = texts
         return scores if last is not None else scores[:, 0]
 
     def _take_over(self, rows: list[list[int]], asked: int) -> None:
@@ -330,7 +330,7 @@ class KVCache:
             for j, held in enumerate(self.tokens):
                 if found[j] < len(held) > self.store.limit:
                     found[j] = 0  # it went round in a circle
-            source = max(range(len(found)), key=lambda j: (found[j], j == i), default=0)  # noqa: B023
+            source = max(range(len(found)), key=lambda j: (found[j], j == i), default=0)
             sources.append(source)
             shares.append(found[source] if found else 0)
         self.store.take_rows(sources)
@@ -377,7 +377,8 @@ def opinionated(config: GPTConfig, seed: int = 0) -> GPT:
     model = GPT(config)
     for parameter in model.parameters():
         normal_(parameter, std=0.4, mean=1.0 if parameter.ndim == 1 else 0.0)
-    return model.eval()
+    model.eval()
+    return model
 
 
 GPT_2 = GPTConfig(13, 12, 2, 2, 8)
@@ -419,7 +420,7 @@ def read_through_window(model: GPT, row: list[int], window: int) -> Tensor:
     mask = places > places.reshape(-1, 1) - window  # the future is hidden anyway
     for block in model.blocks:
         x = block(x, partial(block.attention, mask=mask))
-    return model.scores(model.norm(x))
+    return model.scores(x if model.norm is None else model.norm(x))
 
 
 def test_a_window_forgets() -> None:
@@ -695,7 +696,8 @@ def analyze() -> None:
     """Measure a token's time over the length of the text, with and without a cache, and what drafts are worth."""
     config = GPTConfig(65, 1024, 4, 4, 128)
     manual_seed(0)
-    model, rows = GPT(config).eval(), []
+    model, rows = GPT(config), list[list[Any]]()
+    model.eval()
     weights = 4 * sum(parameter.numel() for parameter in model.parameters())
     for length in (16, 64, 256, 512, 1000):
         text, cache = randint(65, (length,)).tolist(), KVCache(model)
