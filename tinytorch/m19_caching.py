@@ -51,7 +51,8 @@ from tinytorch.m14_transformers import (
     next_token_loss,
     reads_whole,
 )
-from tinytorch.m16_acceleration import kernels_enabled, reference_kernels
+from tinytorch.m16_acceleration import attach, kernels_enabled, reference_kernels
+from tinytorch.m16_acceleration_appendix import ARRAY, CPU, FLOATS
 
 # %% [markdown]
 # ## Mathematical foundations
@@ -351,8 +352,8 @@ class KVCache:
             return x if model.norm is None else model.norm(x)
 
     def _at_once(self) -> bool:
-        """Whether `decode` has a kernel and knows the model."""
-        return bool(decode.implementations) and kernels_enabled() and self.packed is not None
+        """Whether `decode` is to be used, and knows the model."""
+        return kernels_enabled() and self.packed is not None
 
     def _read_at_once(self, new: list[int]) -> Tensor:
         """Read one token of each row, by `decode`: (B, V), the scores of what follows."""
@@ -436,10 +437,11 @@ def test_a_window_forgets() -> None:
 # %% [markdown]
 # ### In one call
 # A small network's token is a dozen operations a block, of a microsecond of arithmetic each, and three more to call
-# them from Python. They can be one operation: all blocks, for one token of each row. Its inputs are arrays; so the
-# weights are brought together into one, each block's in a row, in the order in which they are needed. What follows is
-# the readable version; the appendix attaches a kernel (`kernels/cpu/decoding.py`), in which a core takes some rows from
-# the first block to the last.
+# them from Python. They can be one operation: the whole model, for one token of each row. Its inputs are arrays; so the
+# blocks' weights are brought together into one, each block's in a row, in the order in which they are needed. What
+# follows is the readable version. The kernel that stands in for it (`kernels/cpu/decoding.py`) shares the heads, and
+# then the features of the small network, out among the cores, which have to meet only twice a block (Shoeybi and
+# others, 2019); each reads its part of the weights, which may stay in its own cache from token to token.
 
 # %%
 SPARE = 64  # zeros behind a block's weights, so that a kernel may read whole vectors
@@ -557,6 +559,17 @@ def packed(model: GPT) -> tuple[Any, ...] | None:
     places = None if model.positions is None else model.positions.weight.data
     head = tokens.weight if model.head is None else model.head.weight
     return tokens.weight.data, places, blocks, xp.reshape(norm, (2, -1)), head.data
+
+
+def decodes(*arrays: Any, config: GPTConfig) -> bool:
+    """Whether the kernel takes these: it goes by addresses, so all must lie row by row."""
+    for x in arrays:
+        if x is not None and (type(x) is not ARRAY or x.dtype.char not in "fl" or not x.flags.c_contiguous):
+            return False
+    return arrays[0].dtype.char == arrays[8].dtype.char == "l" and arrays[1].dtype.char == "f"
+
+
+attach(decode, "numpy", f"{CPU}.decoding:decode", decodes, FLOATS)
 
 
 def test_in_one_call_as_layer_by_layer() -> None:
