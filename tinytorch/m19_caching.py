@@ -701,7 +701,8 @@ def test_a_draft_changes_nothing() -> None:
 #
 # What a token costs as the text grows: read anew, from the cache layer by layer, and in one call. The first grows with
 # the text; the others are flat until reading the cache takes as long as reading the weights. The last two columns are
-# those bytes.
+# those bytes. Drafts pay where a step takes long because there is much to read. In a model of this size it does not:
+# to read five tokens layer by layer takes longer than to write five in one call each.
 
 
 # %%
@@ -790,8 +791,8 @@ def test_a_trained_gpt_counts_on_from_a_cache() -> None:
 # ## Summary
 #
 # What a causal network has computed of a token stays as it is; kept, it turns the cost of a text from the square of its
-# length into its length. What is left is reading the weights once a token, if nothing stands between the products; and
-# reading several tokens costs hardly more than one, which drafts make use of. Module 20 measures whether such a claim
+# length into its length. What is left is reading the weights once a token, if nothing stands between the products. In
+# a large model, reading several tokens costs hardly more than one, which drafts make use of. Module 20 measures whether such a claim
 # holds.
 
 
