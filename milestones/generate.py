@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import tinytorch.m14_transformers_appendix
-import tinytorch.m19_caching_appendix  # noqa: F401 - a cache as it writes
+import tinytorch.m19_caching  # noqa: F401 - a cache as it writes
 from tinytorch.m11_tokenization import Tokenizer
 from tinytorch.m11_tokenization_appendix import load_tokenizer
 from tinytorch.m14_transformers import GPT, GPTConfig

@@ -51,7 +51,8 @@ from tinytorch.m14_transformers import (
     next_token_loss,
     reads_whole,
 )
-from tinytorch.m16_acceleration import kernels_enabled, reference_kernels
+from tinytorch.m16_acceleration import attach, kernels_enabled, reference_kernels
+from tinytorch.m16_acceleration_appendix import ARRAY, CPU, FLOATS
 
 # %% [markdown]
 # ## Mathematical foundations
@@ -191,7 +192,7 @@ class Plan:
             kept = expand((steps < ends) & (steps >= ends - capacity), shape=source.shape)
             source, target = source[kept], target[kept]
         self.source, self.target = source.reshape(-1), target.reshape(-1)
-        self.mask = None
+        self.mask: Any = None
         if longest > 1 and (max(held) or (window or longest) < longest):
             there = start - 1 - (start - 1 - arange(capacity, device=device)) % capacity
             asked, known = unsqueeze(places, 2), unsqueeze(joined([there, places], 1), 1)
@@ -305,21 +306,21 @@ class KVCache:
             pairs = zip(rows, self.tokens, strict=True)
             if all(len(row) == len(held) + 1 <= context and row[:-1] == held for row, held in pairs):  # the usual case
                 return self._read_at_once([row[-1] for row in rows])
-        rows = [list(row[-context:]) for row in rows]
+        texts = [list(row[-context:]) for row in rows]
         asked = 1 if last is None else last
-        if not rows or not 1 <= asked <= min(map(len, rows)):
+        if not texts or not 1 <= asked <= min(map(len, texts)):
             raise ValueError(f"KVCache.read: expected rows of at least {max(1, asked)} tokens, and last >= 1; got rows "
-                             f"of {[len(row) for row in rows]} tokens")  # fmt: skip
-        self._take_over(rows, asked)
-        new = [row[len(known) :] for row, known in zip(rows, self.tokens, strict=True)]
+                             f"of {[len(row) for row in texts]} tokens")  # fmt: skip
+        self._take_over(texts, asked)
+        new = [row[len(known) :] for row, known in zip(texts, self.tokens, strict=True)]
         if max(map(len, new)) == 1 and self._at_once():
             scores = self._read_at_once([token for (token,) in new])
             return scores if last is None else unsqueeze(scores, 1)
         with no_grad():
-            numbers = [[i] * asked for i in range(len(rows))]
+            numbers = [[i] * asked for i in range(len(texts))]
             ends = [list(range(len(row) - asked, len(row))) for row in new]
             scores = self.model.scores(self._features(new)[numbers, ends])
-        self.tokens = rows
+        self.tokens = texts
         return scores if last is not None else scores[:, 0]
 
     def _take_over(self, rows: list[list[int]], asked: int) -> None:
@@ -351,8 +352,8 @@ class KVCache:
             return x if model.norm is None else model.norm(x)
 
     def _at_once(self) -> bool:
-        """Whether `decode` has a kernel and knows the model."""
-        return bool(decode.implementations) and kernels_enabled() and self.packed is not None
+        """Whether `decode` is to be used, and knows the model."""
+        return kernels_enabled() and self.packed is not None
 
     def _read_at_once(self, new: list[int]) -> Tensor:
         """Read one token of each row, by `decode`: (B, V), the scores of what follows."""
@@ -377,7 +378,8 @@ def opinionated(config: GPTConfig, seed: int = 0) -> GPT:
     model = GPT(config)
     for parameter in model.parameters():
         normal_(parameter, std=0.4, mean=1.0 if parameter.ndim == 1 else 0.0)
-    return model.eval()
+    model.eval()
+    return model
 
 
 GPT_2 = GPTConfig(13, 12, 2, 2, 8)
@@ -419,7 +421,7 @@ def read_through_window(model: GPT, row: list[int], window: int) -> Tensor:
     mask = places > places.reshape(-1, 1) - window  # the future is hidden anyway
     for block in model.blocks:
         x = block(x, partial(block.attention, mask=mask))
-    return model.scores(model.norm(x))
+    return model.scores(x if model.norm is None else model.norm(x))
 
 
 def test_a_window_forgets() -> None:
@@ -435,10 +437,11 @@ def test_a_window_forgets() -> None:
 # %% [markdown]
 # ### In one call
 # A small network's token is a dozen operations a block, of a microsecond of arithmetic each, and three more to call
-# them from Python. They can be one operation: all blocks, for one token of each row. Its inputs are arrays; so the
-# weights are brought together into one, each block's in a row, in the order in which they are needed. What follows is
-# the readable version; the appendix attaches a kernel (`kernels/cpu/decoding.py`), in which a core takes some rows from
-# the first block to the last.
+# them from Python. They can be one operation: the whole model, for one token of each row. Its inputs are arrays; so the
+# blocks' weights are brought together into one, each block's in a row, in the order in which they are needed. What
+# follows is the readable version. The kernel that stands in for it (`kernels/cpu/decoding.py`) shares the heads, and
+# then the features of the small network, out among the cores, which have to meet only twice a block (Shoeybi and
+# others, 2019); each reads its part of the weights, which may stay in its own cache from token to token.
 
 # %%
 SPARE = 64  # zeros behind a block's weights, so that a kernel may read whole vectors
@@ -556,6 +559,17 @@ def packed(model: GPT) -> tuple[Any, ...] | None:
     places = None if model.positions is None else model.positions.weight.data
     head = tokens.weight if model.head is None else model.head.weight
     return tokens.weight.data, places, blocks, xp.reshape(norm, (2, -1)), head.data
+
+
+def decodes(*arrays: Any, config: GPTConfig) -> bool:
+    """Whether the kernel takes these: it goes by addresses, so all must lie row by row."""
+    for x in arrays:
+        if x is not None and (type(x) is not ARRAY or x.dtype.char not in "fl" or not x.flags.c_contiguous):
+            return False
+    return arrays[0].dtype.char == arrays[8].dtype.char == "l" and arrays[1].dtype.char == "f"
+
+
+attach(decode, "numpy", f"{CPU}.decoding:decode", decodes, FLOATS)
 
 
 def test_in_one_call_as_layer_by_layer() -> None:
@@ -687,7 +701,8 @@ def test_a_draft_changes_nothing() -> None:
 #
 # What a token costs as the text grows: read anew, from the cache layer by layer, and in one call. The first grows with
 # the text; the others are flat until reading the cache takes as long as reading the weights. The last two columns are
-# those bytes.
+# those bytes. Drafts pay where a step takes long because there is much to read. In a model of this size it does not:
+# to read five tokens layer by layer takes longer than to write five in one call each.
 
 
 # %%
@@ -695,7 +710,8 @@ def analyze() -> None:
     """Measure a token's time over the length of the text, with and without a cache, and what drafts are worth."""
     config = GPTConfig(65, 1024, 4, 4, 128)
     manual_seed(0)
-    model, rows = GPT(config).eval(), []
+    model, rows = GPT(config), list[list[Any]]()
+    model.eval()
     weights = 4 * sum(parameter.numel() for parameter in model.parameters())
     for length in (16, 64, 256, 512, 1000):
         text, cache = randint(65, (length,)).tolist(), KVCache(model)
@@ -775,8 +791,8 @@ def test_a_trained_gpt_counts_on_from_a_cache() -> None:
 # ## Summary
 #
 # What a causal network has computed of a token stays as it is; kept, it turns the cost of a text from the square of its
-# length into its length. What is left is reading the weights once a token, if nothing stands between the products; and
-# reading several tokens costs hardly more than one, which drafts make use of. Module 20 measures whether such a claim
+# length into its length. What is left is reading the weights once a token, if nothing stands between the products. In
+# a large model, reading several tokens costs hardly more than one, which drafts make use of. Module 20 measures whether such a claim
 # holds.
 
 

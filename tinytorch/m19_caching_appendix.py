@@ -1,4 +1,4 @@
-"""Module 19, appendix: the kernel that takes one token of each row through a whole model."""
+"""Module 19, appendix: what `tinytorch warmup` calls the kernel of `decode` with."""
 
 from __future__ import annotations
 
@@ -17,13 +17,15 @@ def decodes(*arrays: Any, config: Any) -> bool:
         if x is not None and (type(x) is not ARRAY or x.dtype.char not in "fl" or not x.flags.c_contiguous):
             return False
     return arrays[0].dtype.char == arrays[8].dtype.char == "l" and arrays[1].dtype.char == "f"
+from tinytorch.m16_acceleration_appendix import EXAMPLES
+from tinytorch.m19_caching import Store, packed
 
 
 def decoding_example(count: int) -> tuple[tuple, dict[str, Any]]:
-    """Inputs and attributes that the kernel takes, `count` rows."""
-    config = GPTConfig(9, 8, 2, 2, 16)
+    """Inputs and attributes that the kernel takes: `count` rows, of a network that is large enough for all cores."""
+    config = GPTConfig(9, 8, 1, 2, 192)
     model = GPT(config)
-    store = Store(2, 2, 8, limit=8, block=8, like=model.tokens.weight)
+    store = Store(1, 2, 96, limit=8, block=8, like=model.tokens.weight)
     store.take_rows(range(count))
     store.make_room(8)
     ids = zeros(count, dtype="int64") + 3
