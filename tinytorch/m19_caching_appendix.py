@@ -17,6 +17,8 @@ def decodes(*arrays: Any, config: Any) -> bool:
         if x is not None and (type(x) is not ARRAY or x.dtype.char not in "fl" or not x.flags.c_contiguous):
             return False
     return arrays[0].dtype.char == arrays[8].dtype.char == "l" and arrays[1].dtype.char == "f"
+
+
 from tinytorch.m16_acceleration_appendix import EXAMPLES
 from tinytorch.m19_caching import Store, packed
 
