@@ -569,7 +569,18 @@ def decodes(*arrays: Any, config: GPTConfig) -> bool:
     return arrays[0].dtype.char == arrays[8].dtype.char == "l" and arrays[1].dtype.char == "f"
 
 
-attach(decode, "numpy", f"{CPU}.decoding:decode", decodes, FLOATS)
+def decoding_example(count: int) -> tuple[tuple, dict[str, Any]]:
+    """What `tinytorch warmup` calls the kernel with: `count` rows, of a network that is large enough for all cores."""
+    model = GPT(config := GPTConfig(9, 8, 1, 2, 192))
+    store = Store(1, 2, 96, limit=8, block=8, like=zeros(1))
+    store.take_rows(range(count))
+    store.make_room(8)
+    ids = zeros(count, dtype="int64") + 3
+    inputs = (ids.data, *(packed(model) or ()), store.keys.data, store.values.data, (ids + 1).data)
+    return inputs, {"config": config}
+
+
+attach(decode, "numpy", f"{CPU}.decoding:decode", decodes, FLOATS, decoding_example)
 
 
 def test_in_one_call_as_layer_by_layer() -> None:
@@ -792,8 +803,8 @@ def test_a_trained_gpt_counts_on_from_a_cache() -> None:
 #
 # What a causal network has computed of a token stays as it is; kept, it turns the cost of a text from the square of its
 # length into its length. What is left is reading the weights once a token, if nothing stands between the products. In
-# a large model, reading several tokens costs hardly more than one, which drafts make use of. Module 20 measures whether such a claim
-# holds.
+# a large model, reading several tokens costs hardly more than one, which drafts make use of. Module 20 measures whether
+# such a claim holds.
 
 
 if __name__ == "__main__":
