@@ -82,6 +82,7 @@ def test_other_networks(runs: Path, tmp_path: Path, kind: str, capsys: pytest.Ca
     found = json.loads(capsys.readouterr().out)
     exact, small = (found[name]["perplexity"] for name in ("float32", kind.lstrip("-")))
     assert small == pytest.approx(exact, rel=0.02)
+    assert small != exact  # each was measured
     text = load_writer(tmp_path / "gpt").tokenizer.decode(list(load_writer(tmp_path / "gpt").ids("the", 8, seed=1)))
     assert len(text) == 8
     assert call("generate", tmp_path / "gpt", "--tokens", 5, "--seed", 1) == 0
