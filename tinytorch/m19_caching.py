@@ -792,8 +792,8 @@ def test_a_trained_gpt_counts_on_from_a_cache() -> None:
 #
 # What a causal network has computed of a token stays as it is; kept, it turns the cost of a text from the square of its
 # length into its length. What is left is reading the weights once a token, if nothing stands between the products. In
-# a large model, reading several tokens costs hardly more than one, which drafts make use of. Module 20 measures whether such a claim
-# holds.
+# a large model, reading several tokens costs hardly more than one, which drafts make use of. Module 20 measures whether
+# such a claim holds.
 
 
 if __name__ == "__main__":
