@@ -15,8 +15,9 @@ from tinytorch.m02_tensor_appendix import amax, cat, randint
 from tinytorch.m04_layers import Linear, Module
 from tinytorch.m04_layers_appendix import Identity
 from tinytorch.m06_autograd import gradient, no_grad, non_differentiable
-from tinytorch.m09_spatial import BatchNorm, Conv2d, Windows, lay_windows, max_pool
+from tinytorch.m09_spatial import BatchNorm, Conv2d, Windows, lay_windows, layer_flops, max_pool
 from tinytorch.m12_embeddings import Embedding, LearnedPositions
+from tinytorch.m15_profiling import count, flop_formula
 from tinytorch.m16_acceleration import attach
 from tinytorch.m16_acceleration_appendix import single
 from tinytorch.m17_quantization import (
@@ -173,6 +174,17 @@ def load_quantized(model: Module, state: Mapping[str, Tensor]) -> Module:
     made.load_state_dict(state)
     return made
 
+
+# -- arithmetic --------------------------------------------------------------------------------------------------------
+
+# For module 15. A product of integers counts as one of floats, so that their rates can be compared.
+for _each, _names in ((2, "unpack_int4 dequantize in_range"), (3, "quantize quantize_rows"), (4, "choose_scale"),
+                      (5, "fake_quantize")):  # fmt: skip
+    flop_formula(*_names.split())(lambda out, *arrays, _each=_each, **attributes: _each * count(out))
+flop_formula("int8_linear", "int8_convolution")(
+    lambda out, x, x_scale, x_zero_point, weight, *others, **attributes: layer_flops(out, weight)
+)
+flop_formula("int4_linear")(lambda out, x, weight, *others: 2 * layer_flops(out, weight))
 
 # -- kernels -----------------------------------------------------------------------------------------------------------
 

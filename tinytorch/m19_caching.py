@@ -51,6 +51,7 @@ from tinytorch.m14_transformers import (
     next_token_loss,
     reads_whole,
 )
+from tinytorch.m15_profiling import flop_formula
 from tinytorch.m16_acceleration import attach, kernels_enabled, reference_kernels
 from tinytorch.m16_acceleration_appendix import ARRAY, CPU, FLOATS
 
@@ -492,6 +493,16 @@ def decode(xp, ids, tokens, positions, blocks, norm, head, keys, values, lengths
 gradient(decode)
 
 
+@flop_formula("decode")
+def decode_flops(
+    out: Any, ids: Any, tokens: Any, positions: Any, blocks: Any, norm: Any, head: Any, keys: Any, values: Any,
+    lengths: Any, *turns: Any, config: GPTConfig,
+) -> int:  # fmt: skip
+    """All weights once for each row, and each token that a row sees with its key and its value."""
+    seen = keys.shape[0] * int((lengths + 1).sum()) * 2 * config.num_heads * keys.shape[4]
+    return 2 * (len(ids) * (math.prod(blocks.shape) + math.prod(head.shape)) + seen)
+
+
 def unpacked(xp: Any, row: Any, config: GPTConfig) -> dict[str, list[Any]]:
     """The weight and the bias of each part of a block."""
     parts, start = dict[str, list[Any]](), 0
@@ -529,7 +540,8 @@ def write_part(target: Any, layer: Any, shape: tuple[int, ...]) -> None:
     if len(shape) == 2:
         table = backend_of(target).reshape(target[:size], shape)
         for i in range(0, shape[1], 64):  # what is turned at once stays in the cache
-            table[:, i : i + 64] = weight[i : i + 64, :].T
+            end = min(i + 64, shape[1])
+            table[:, i:end] = weight[i:end, :].T
     else:
         target[:size] = weight
     if bias is not None:

@@ -17,9 +17,9 @@ from tinytorch.backends import get_backend
 from tinytorch.m02_tensor import observe
 from tinytorch.m14_transformers import llama_config
 from tinytorch.m16_acceleration import KERNELS, Kernel
-from tinytorch.m16_acceleration_appendix import example, load, warm_up
+from tinytorch.m16_acceleration_appendix import CPU, example, load, warm_up
 
-OWN = [kernel for kernel in KERNELS if kernel.example is not None]
+OWN = [kernel for kernel in KERNELS if kernel.place.startswith((f"{CPU}.quantized", f"{CPU}.rounding"))]
 
 
 @pytest.fixture(autouse=True)
