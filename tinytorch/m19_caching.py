@@ -353,8 +353,9 @@ class KVCache:
             return x if model.norm is None else model.norm(x)
 
     def _at_once(self) -> bool:
-        """Whether `decode` is to be used, and knows the model."""
-        return kernels_enabled() and self.packed is not None
+        """Whether `decode` has a kernel here, and knows the model."""
+        there = backend_of(self.store.keys.data).name in decode.implementations
+        return there and kernels_enabled() and self.packed is not None
 
     def _read_at_once(self, new: list[int]) -> Tensor:
         """Read one token of each row, by `decode`: (B, V), the scores of what follows."""
