@@ -720,7 +720,8 @@ class Sequential(Row):
         return dict(list(self._layers().items())[index])  # a part of a network keeps its names
 
     def forward(self, x: Any) -> Any:
-        layers, done = [self.__dict__[name] for name in self._names], False
+        layers = [y for name in self._names if not getattr(y := self.__dict__[name], "transparent", False) or y._hooks]
+        done = False
         for layer, following in itertools.zip_longest(layers, layers[1:]):
             if done:  # together with the layer before it
                 done = False

@@ -105,6 +105,8 @@ class ModuleDict(Container):
 class Identity(Module):
     """x itself. It takes any arguments when it is made, so that it can stand in any layer's place."""
 
+    transparent = True  # a Sequential leaves it out, so that the layers around it may be fused
+
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__()
 

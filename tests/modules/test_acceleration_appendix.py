@@ -118,3 +118,18 @@ def test_what_the_commands_tell() -> None:
     assert report["cpu"] in ("avx512", "avx2", "generic")
     assert m.warm_up(m.KERNELS[0])["seconds"] > 0
     assert m.warm_up_optimizers()["kernel"] == "cpu.optimizers"
+
+
+def test_layers_around_an_identity_are_fused_unless_somebody_looks_at_it() -> None:
+    net, x, seen = nn.Sequential(nn.Conv2d(2, 3, 3), nn.Identity(), nn.ReLU()), t.randn(4, 2, 8, 8), []
+
+    def names() -> list[str]:
+        done: list[str] = []
+        with observe(lambda op, arrays, attributes, proceed: (done.append(op.name), proceed())[1]):
+            net(x)
+        return done
+
+    assert names() == ["convolution_relu"]
+    net[1].register_forward_hook(lambda layer, inputs, out: seen.append(out.shape))
+    assert names() == ["convolution", "relu"]
+    assert seen == [(4, 3, 6, 6)]
