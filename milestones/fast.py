@@ -35,7 +35,7 @@ from tinytorch.quantization import fold_batch_norm, quantize_dynamic
 from tinytorch.utils.benchmark import Candidate, benchmark, compare, plot_pareto
 from tinytorch.utils.data import DataLoader
 
-PICTURES, REMOVED = 500, (0.5, 0.75)  # that are read at once; shares of each layer's channels
+PICTURES, REMOVED = 500, (0.5, 0.75)  # that are read at once, or all there are; shares of each layer's channels
 TEXTS, PROMPT = 8, 8  # that are written at once; tokens that each begins with
 SECONDS, LOOKS = 1.0, (8, 16)  # that a step is timed for; pairs of the first and the best step
 TIMES = 10  # how much faster each network must become
@@ -131,7 +131,7 @@ def vision(arguments: argparse.Namespace) -> tuple[list[Check], list[Result], Su
     recipe, subject = load_reader(arguments.cnn).recipe, picture_subject(arguments.cnn, arguments.root)
     model = subject.model
     inputs = next(iter(DataLoader(recipe.pictures(arguments.root, train=False), PICTURES)))[0]
-    print(f"The network of {arguments.cnn} reads {recipe.title}, {PICTURES} pictures a call")
+    print(f"The network of {arguments.cnn} reads {recipe.title}, {len(inputs)} pictures a call")
 
     def reading(name: str, network: nn.Module, *around: Around) -> Step:
         return Step(name, network, tinytorch.no_grad()(partial(network, inputs)), around)
@@ -212,7 +212,7 @@ def program(arguments: argparse.Namespace) -> tuple[list[Check], dict[str, Any]]
     plot_steps([results for _, results, _ in parts.values()], arguments.out / "steps.png")
     rows = {name: [one.row(results[0], subject.measure) for one in results]
             for name, (_, results, subject) in parts.items()}  # fmt: skip
-    return [check for checks, *_ in parts.values() for check in checks], {"pictures": PICTURES, "texts": TEXTS, **rows}
+    return [check for checks, *_ in parts.values() for check in checks], {"texts": TEXTS, **rows}
 
 
 def ensure(folder: Path, file: str, train: Callable[[Sequence[str]], int]) -> None:
