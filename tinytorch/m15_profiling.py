@@ -135,7 +135,7 @@ def core_count() -> int:
 def test_the_limits_are_measured() -> None:
     machine = measure_machine(1 << 20, 1 << 12)
     assert machine.peak[0] > 1e9
-    assert machine.peak[1] > 0.2 * machine.peak[0]  # other programs may run
+    assert machine.peak[1] > 0.5 * machine.peak[0]
     xp = get_backend("cpu")
     a, b = xp.zeros((10,), dtype="float32"), xp.arange(10, dtype="float32")
     triads(a, b, b, 3)
