@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import argparse
 import sys
-import tempfile
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, ExitStack
 from dataclasses import dataclass
@@ -31,6 +30,7 @@ from tinytorch.milestones.pictures import make_batches
 from tinytorch.milestones.predict import load_reader
 from tinytorch.milestones.program import Check, Options, UsageError, run
 from tinytorch.milestones.quantize import CALIBRATE, Subject, picture_subject, text_subject
+from tinytorch.milestones.quantized import bytes_on_disk
 from tinytorch.quantization import fold_batch_norm, quantize_dynamic
 from tinytorch.utils.benchmark import Candidate, benchmark, compare, plot_pareto
 from tinytorch.utils.data import DataLoader
@@ -85,11 +85,8 @@ class Result:
 
 def measured(step: Step, items: int, quality: Callable[[nn.Module], float]) -> Result:
     """Time a step, weigh and examine it; how long a call takes is the median once times have settled."""
-    with tempfile.TemporaryDirectory() as folder:
-        tinytorch.save(step.model.state_dict(), file := Path(folder, "model.safetensors"))
-        size = file.stat().st_size
     found = benchmark(step, items=items, seconds=SECONDS, least=5)
-    return Result(step, found.median, found.throughput, size, quality(step.model))
+    return Result(step, found.median, found.throughput, bytes_on_disk(step.model), quality(step.model))
 
 
 def walk(steps: Sequence[Step], items: int, subject: Subject, unit: str) -> list[Result]:

@@ -6,7 +6,6 @@ import argparse
 import json
 import math
 import shutil
-import tempfile
 import time
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict, dataclass
@@ -14,14 +13,14 @@ from pathlib import Path
 from typing import Any
 
 import tinytorch
-from tinytorch import Tensor, nn, save
+from tinytorch import Tensor, nn
 from tinytorch.m08_training import read_checkpoint
 from tinytorch.m11_tokenization import TokenWindows
 from tinytorch.m14_transformers import next_token_loss
 from tinytorch.milestones.generate import load_writer
 from tinytorch.milestones.predict import load_reader
 from tinytorch.milestones.program import UsageError
-from tinytorch.milestones.quantized import FILE, write_quantized
+from tinytorch.milestones.quantized import FILE, bytes_on_disk, write_quantized
 from tinytorch.milestones.runs import settings_of
 from tinytorch.milestones.tinygpt import TITLES, read_text
 from tinytorch.quantization import convert, fold_batch_norm, prepare, quantize_dynamic, quantize_int4
@@ -72,16 +71,14 @@ def quantize_run(
         raise UsageError("--calibrate is for int8 pictures; language models look at each token, and int4 at weights")
     if bits == 4:
         small = quantize_int4(subject.model)
+    elif subject.static is None:
+        small = quantize_dynamic(subject.model)
     else:
-        small = (
-            subject.static(subject.model, calibrate or CALIBRATE) if subject.static else quantize_dynamic(subject.model)
-        )
+        small = subject.static(subject.model, calibrate or CALIBRATE)
     file = write_quantized(out, small, subject.about)
     for name in subject.files:
         shutil.copyfile(folder / name, out / name)
-    with tempfile.TemporaryDirectory() as temporary:
-        save(subject.model.state_dict(), whole := Path(temporary, "float.safetensors"))
-        sizes = [whole.stat().st_size, file.stat().st_size]
+    sizes = [bytes_on_disk(subject.model), file.stat().st_size]
     models = [subject.model, small]
     qualities = [subject.quality(model) for model in models]
     latencies = measure_latency(models, subject.inputs)

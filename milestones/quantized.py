@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import tempfile
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +19,13 @@ def write_quantized(folder: Path, model: nn.Module, about: dict[str, Any]) -> Pa
     folder.mkdir(parents=True, exist_ok=True)
     save(model.state_dict(), folder / FILE, {ABOUT: json.dumps(about)})
     return folder / FILE
+
+
+def bytes_on_disk(model: nn.Module) -> int:
+    """How large the file of a network's state is."""
+    with tempfile.TemporaryDirectory() as folder:
+        save(model.state_dict(), file := Path(folder, "model.safetensors"))
+        return file.stat().st_size
 
 
 def read_quantized(folder: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
-import tempfile
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
@@ -17,6 +16,7 @@ from tinytorch.m09_spatial import count_parameters
 from tinytorch.m20_benchmarking import Comparison, Measurement, Scaling, fit_power
 from tinytorch.m20_benchmarking_appendix import differing, summary, time_unit
 from tinytorch.milestones.program import UsageError, claim
+from tinytorch.milestones.quantized import bytes_on_disk
 from tinytorch.profiling.bench import SLOWING
 from tinytorch.profiling.workloads import CHARACTERS, PLACES, Workload, workload
 from tinytorch.utils.benchmark import (
@@ -99,10 +99,7 @@ def is_on_cpu(work: Workload) -> bool:
 
 def describe(work: Workload) -> dict[str, int]:
     """How many parameters a network has, and the bytes of its weights as a file."""
-    with tempfile.TemporaryDirectory() as folder:
-        path = Path(folder, "weights.safetensors")
-        tinytorch.save(work.model.state_dict(), path)
-        return {"parameters": count_parameters(work.model), "bytes": path.stat().st_size}
+    return {"parameters": count_parameters(work.model), "bytes": bytes_on_disk(work.model)}
 
 
 def describe_scaling(found: Scaling) -> dict[str, Any]:

@@ -1829,7 +1829,7 @@ QUANTIZATION = [
          "the upper half byte is shifted too little"),
         ("values, half - k)\n", "values, np.int64(LANES))\n", "a row's last weights are written behind it"),
     ),
-    Fault("milestones/quantize.py", "save(subject.model.state_dict(), whole", "save(small.state_dict(), whole",
+    Fault("milestones/quantize.py", "bytes_on_disk(subject.model)", "bytes_on_disk(small)",
           "the small network is compared with itself", ("tests/milestones/test_quantize.py",), "cpu"),
     Fault("milestones/quantize.py", "qualities = [subject.quality(model) for model in models]",
           "qualities = [subject.quality(subject.model) for model in models]",
@@ -2033,7 +2033,7 @@ BENCHMARKING = [
     ),
     *faults_in(
         "profiling/measure.py",
-        ("tinytorch.save(work.model.state_dict(), path)", "tinytorch.save({}, path)", "weights weigh nothing"),
+        ("bytes_on_disk(work.model)", "0", "weights weigh nothing"),
         ("work.model(*(x[:count] for x in work.inputs))", "work.model(*work.inputs)",
          "one query costs as much as a batch"),
         ("any(one.verdict == \"slower\" for one in found)", "any(one.verdict == \"faster\" for one in found)",
