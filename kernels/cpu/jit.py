@@ -10,7 +10,8 @@ import ctypes
 import hashlib
 import os
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -28,7 +29,7 @@ from llvmlite import binding
 from numba import njit
 from numba.np.ufunc import parallel as threads
 
-__all__ = ["CPU", "LANES", "cache_folder", "cores", "features", "kernel", "plain", "run"]
+__all__ = ["CPU", "LANES", "cache_folder", "cached_in", "cores", "features", "kernel", "plain", "run"]
 
 SOURCES = Path(__file__).parent
 SMALL = 1 << 16  # below so many elementary steps a kernel runs on one core: to wake a second takes 20 to 50 µs
@@ -56,24 +57,39 @@ LANES = {"avx512": 16, "avx2": 8, "generic": 4}[CPU]  # float32 in a vector regi
 
 
 @cache
-def cache_folder() -> Path:
+def cache_folder(sources: Path = SOURCES) -> Path:
     """Where compiled kernels are kept: NUMBA_CACHE_DIR, or the platform's cache folder; one folder for each state of
     the sources."""
     checked = numba.config.BOUNDSCHECK  # type: ignore[attr-defined]
     digest = hashlib.sha256(b"checked" if checked else b"")  # which Numba's own key leaves out
-    for file in sorted(SOURCES.glob("*.py")):
+    for file in sorted(sources.glob("*.py")):
         digest.update(file.read_bytes())
     base = os.environ.get("NUMBA_CACHE_DIR") or platformdirs.user_cache_dir("tinytorch")
     return Path(base) / "kernels" / digest.hexdigest()[:16]
 
 
 @cache
-def _can_cache() -> bool:
+def _can_cache(folder: Path) -> bool:
     try:
-        cache_folder().mkdir(parents=True, exist_ok=True)
+        folder.mkdir(parents=True, exist_ok=True)
     except OSError:
         return False  # kernels are compiled again by each process
-    return os.access(cache_folder(), os.W_OK)
+    return os.access(folder, os.W_OK)
+
+
+@contextmanager
+def cached_in(sources: Path = SOURCES, config: Any = numba.config) -> Iterator[bool]:
+    """A block in which Numba finds the cache folder of these sources, and whether it can be written to.
+
+    Numba looks for it while it wraps a function; other programs' functions keep theirs. `config` is where it looks.
+    """
+    folder, before = cache_folder(sources), config.CACHE_DIR
+    try:
+        if can := _can_cache(folder):
+            config.CACHE_DIR = str(folder)
+        yield can
+    finally:
+        config.CACHE_DIR = before
 
 
 def kernel(function: Callable | None = None, *, parallel: bool = False, **options: Any) -> Any:
@@ -91,13 +107,8 @@ def kernel(function: Callable | None = None, *, parallel: bool = False, **option
     if function is None:
         return lambda f: kernel(f, parallel=parallel, **options)
     options = {"error_model": "numpy", **options}
-    before = numba.config.CACHE_DIR  # type: ignore[attr-defined]
-    try:  # Numba looks at its cache folder while it wraps a function; other programs' functions keep theirs
-        if _can_cache():
-            numba.config.CACHE_DIR = str(cache_folder())  # type: ignore[attr-defined]
-        return njit(function, cache=_can_cache(), nogil=True, parallel=parallel, **options)
-    finally:
-        numba.config.CACHE_DIR = before  # type: ignore[attr-defined]
+    with cached_in() as can:
+        return njit(function, cache=can, nogil=True, parallel=parallel, **options)
 
 
 _forked = False

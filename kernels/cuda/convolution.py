@@ -9,14 +9,12 @@ from typing import Any
 
 from numba import cuda, float32
 
-from tinytorch.kernels.cuda import row_by_row
+from tinytorch.kernels.cuda.jit import THREADS, blocks_for, kernel, row_by_row, run
 
 __all__ = ["convolution"]
 
-THREADS = 128  # of a block
 
-
-@cuda.jit
+@kernel
 def convolve(x, weight, bias, out, stride, dilation, before, groups, relu):
     """out (N, O, OH, OW) from x (N, C, H, W), weight (O, C / groups, KH, KW) and bias (O,) or None, of float32.
 
@@ -57,8 +55,8 @@ def convolution(
     if size := math.prod(out.shape):
         before = windows.padding[0][0], windows.padding[1][0]
         bias = None if bias is None else row_by_row(bias)
-        convolve[-(-size // THREADS), THREADS](
-            row_by_row(x), row_by_row(weight), bias, out, windows.stride, windows.dilation, before, groups,
-            activation == "relu",
+        run(
+            convolve, blocks_for(size), THREADS, row_by_row(x), row_by_row(weight), bias, out, windows.stride,
+            windows.dilation, before, groups, activation == "relu",
         )  # fmt: skip
     return out

@@ -13,15 +13,14 @@ from typing import Any
 import numpy as np
 from numba import cuda, float32
 
-from tinytorch.kernels.cuda import row_by_row
+from tinytorch.kernels.cuda.jit import MOST_BLOCKS, kernel, row_by_row, run
 
 __all__ = ["matmul", "matmul_by_elements"]
 
 TILE = 16
-MOST_BLOCKS = 65535  # along a grid's last axis
 
 
-@cuda.jit
+@kernel
 def multiply_by_elements(a, b, out):
     """out (N, M, L) = a (N, M, K) @ b (N, K, L), of float32. Neighbouring threads have neighbouring columns."""
     column, row, first = cuda.grid(3)
@@ -33,7 +32,7 @@ def multiply_by_elements(a, b, out):
             out[n, row, column] = total
 
 
-@cuda.jit
+@kernel
 def multiply_by_tiles(a, b, out):
     """out (N, M, L) = a (N, M, K) @ b (N, K, L), of float32; each block of threads has a tile of out at a time."""
     left = cuda.shared.array((TILE, TILE), float32)  # on lines of their own: on one, the simulator takes both for one
@@ -67,7 +66,7 @@ def matmul_by_elements(xp: Any, a: Any, b: Any) -> Any:
     return launch(multiply_by_elements, xp, a, b)
 
 
-def launch(kernel: Any, xp: Any, a: Any, b: Any) -> Any:
+def launch(multiply: Any, xp: Any, a: Any, b: Any) -> Any:
     """The product by one of the kernels, which know stacks of matrices only."""
     left = xp.reshape(a, (1, -1)) if a.ndim == 1 else a
     right = xp.reshape(b, (-1, 1)) if b.ndim == 1 else b
@@ -83,5 +82,5 @@ def launch(kernel: Any, xp: Any, a: Any, b: Any) -> Any:
     out = xp.empty((count, rows, columns), dtype=a.dtype)
     if math.prod(out.shape):
         blocks = -(-columns // TILE), -(-rows // TILE), min(count, MOST_BLOCKS)
-        kernel[blocks, (TILE, TILE, 1)](row_by_row(left), row_by_row(right), out)
+        run(multiply, blocks, (TILE, TILE, 1), row_by_row(left), row_by_row(right), out)
     return xp.reshape(out, (*lead, *a.shape[:-1][-1:], *b.shape[1:][-1:]))
