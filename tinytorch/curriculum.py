@@ -184,9 +184,11 @@ MODULES = (
         checkpoint="Train a network that survives being killed at any moment",
         exports={
             "": """
-                Trainer TrainingError GradScaler accuracy binary_accuracy model_state read_history plot_history
+                Trainer TrainingError accuracy binary_accuracy model_state read_history plot_history
                 Callback ProgressBar Checkpointing EarlyStopping History LearningRateLog AveragedWeights
+                autocast GradScaler
             """,
+            "amp": "autocast GradScaler",
         },
     ),
     Module(
@@ -356,6 +358,7 @@ MODULES = (
 
 FACES = (
     "",
+    "amp",
     "autograd",
     "autograd.functional",
     "compression",

@@ -14,6 +14,7 @@ import json
 import math
 import os
 import tempfile
+import threading
 import time
 import tracemalloc
 import warnings
@@ -24,6 +25,7 @@ from pathlib import Path
 from statistics import median
 from typing import Any
 
+from tinytorch.backends import BY_TYPE, get_backend
 from tinytorch.m01_setup import (
     assert_close,
     get_rng_state,
@@ -33,10 +35,10 @@ from tinytorch.m01_setup import (
     run_module,
     set_rng_state,
 )
-from tinytorch.m02_tensor import Device, Tensor, argmax, cat, eq, float16, float32, randn, stack, tensor
+from tinytorch.m02_tensor import Device, Op, Tensor, argmax, cat, eq, float16, float32, observe, randn, stack, tensor
 from tinytorch.m02_tensor_appendix import all, as_tensor, isfinite, randint
 from tinytorch.m03_activations import relu
-from tinytorch.m04_layers import Dropout, Linear, Module, Parameter, Sequential
+from tinytorch.m04_layers import Dropout, Linear, Module, Sequential
 from tinytorch.m04_layers_appendix import load, save
 from tinytorch.m05_losses import cross_entropy
 from tinytorch.m06_autograd import no_grad
@@ -61,8 +63,8 @@ from tinytorch.m07_optimizers_appendix import ReduceLROnPlateau
 # backward passes without a step between them, and divide by $\sum_k |B_k|$ before the step.
 #
 # **Half precision.** A float16 has 11 bits of precision, its largest value is 65504, its smallest $2^{-24}$. A weight
-# of 1 does not change when less than $2^{-11}$ is added, so the weights that the optimizer adds to stay float32; the
-# network computes with float16 copies. Many gradients are below $2^{-24}$ and would be 0: the loss is multiplied by a
+# of 1 does not change when less than $2^{-11}$ is added, so the weights that the optimizer adds to stay float32, and
+# products are of float16 copies. Many gradients are below $2^{-24}$ and would be 0: the loss is multiplied by a
 # scale $s$ before backward, and the gradients, which $s$ has multiplied too, are divided by $s$ in float32. If $s$ is
 # too large they overflow; then the step is skipped and $s$ halved. After many good steps $s$ is doubled.
 #
@@ -137,42 +139,57 @@ def evaluating(model: Module) -> Iterator[None]:
 
 
 def test_evaluating_restores_each_modules_mode() -> None:
-    model = Sequential(Dropout(0.5), Dropout(0.5))
-    model[1].eval()
+    model = Sequential(Dropout(0.5), Dropout(0.5).eval())
     with evaluating(model):
         assert not model[0].training
     assert [module.training for module in model.modules()] == [True, True, False]
 
 
 # %% [markdown]
-# ### Half precision
-# While the block runs, each module holds a float16 cast of its parameters in their place. The cast is an operation like
-# any other, recorded like any other, so backward carries the gradients through it to the float32 parameters.
+# ### Mixed precision
+# Products gain from 16 bits: half the traffic, and a GPU's fast units. Sums and exponentials lose. So an observer casts
+# down what some operations are given, and up what others are; later modules add theirs. Backward computes with what was
+# kept, in 16 bits too, and casts what arrives at a float32 tensor, as it always does.
 
 
 # %%
+LOWER, FULL = {"matmul", "linear"}, {"exp", "log", "pow", "sum", "softmax", "log_softmax", "softmax_cross_entropy"}
+
+
+class Casting(threading.local):
+    wanted: Any = None  # the device and the dtype of the block that a thread is in
+
+
+casting = Casting()
+
+
 @contextmanager
-def half_precision(model: Module) -> Iterator[None]:
-    """Have a model compute with float16 casts of its parameters in a `with` block. Its buffers stay as they are."""
-    places = [(vars(m), name, p) for m in model.modules() for name, p in vars(m).items() if isinstance(p, Parameter)]
-    casts = {id(p): p.to(float16) for _, _, p in places}
+def autocast(device_type: str, dtype: str = float16, enabled: bool = True) -> Iterator[None]:
+    """Compute products of float32 in float16 or bfloat16 on "cpu" or on "cuda" while the block runs, in this thread."""
+    before, casting.wanted = casting.wanted, (device_type, dtype) if enabled else None
     try:
-        for holder, name, parameter in places:
-            holder[name] = casts[id(parameter)]
-        yield
+        with observe(cast_inputs):
+            yield
     finally:
-        for holder, name, parameter in places:
-            holder[name] = parameter
+        casting.wanted = before
 
 
-def test_half_precision_computes_in_16_bits_and_differentiates_in_32() -> None:
-    layer = Linear(3, 2)
-    weight, x = layer.weight, randn(4, 3)
-    with half_precision(layer):
-        out = layer(x.to(float16))
-    out.to(float32).sum().backward()
-    assert (out.dtype, layer.weight is weight, weight.grad.dtype) == (float16, True, float32)
-    assert_close(weight.grad, stack([x.sum(0)] * 2), rtol=1e-2, atol=1e-2)
+def cast_inputs(op: Op, arrays: list, attributes: dict, proceed: Callable) -> Any:
+    device, dtype = casting.wanted or ("", "")
+    source, target = ("float32", dtype) if op.name in LOWER else (dtype, "float32" if op.name in FULL else "")
+    for i, x in enumerate(arrays if dtype and target else ()):
+        if (xp := BY_TYPE.get(type(x))) and xp.device.split(":")[0] == device and xp.dtype_name(x) == source:
+            arrays[i] = xp.cast(x, target)
+    return proceed()
+
+
+def test_products_are_of_16_bits_and_gradients_of_32() -> None:
+    layer, x = Linear(3, 2), randn(4, 3)
+    with autocast("cpu", float16):
+        total = (out := layer(x)).sum()
+    total.backward()
+    assert (out.dtype, total.dtype, layer.weight.grad.dtype) == (float16, float32, float32)
+    assert_close(layer.weight.grad, stack([x.sum(0)] * 2), rtol=1e-2, atol=1e-2)
 
 
 # %% [markdown]
@@ -195,14 +212,14 @@ class GradScaler:
     """Scales a loss so that float16 gradients neither vanish nor overflow.
 
     Args:
-        init_scale: the first scale; it finds its size within a few skipped steps.
+        device: as in PyTorch, without effect. init_scale: the first one; it finds its size within a few skipped steps.
         growth_factor, growth_interval: what the scale is multiplied by after so many steps in a row without overflow.
         backoff_factor: what it is multiplied by after an overflow.
     """
 
     def __init__(
-        self, init_scale: float = 2.0**16, growth_factor: float = 2.0, backoff_factor: float = 0.5,
-        growth_interval: int = 2000,
+        self, device: str = "cuda", init_scale: float = 2.0**16, growth_factor: float = 2.0,
+        backoff_factor: float = 0.5, growth_interval: int = 2000,
     ) -> None:  # fmt: skip
         self.value, self.good_steps = float(init_scale), 0
         self.growth_factor, self.backoff_factor, self.growth_interval = growth_factor, backoff_factor, growth_interval
@@ -405,18 +422,16 @@ class Trainer:
     Args:
         loss: a function of outputs and targets that returns the mean over the batch.
         metrics: functions of outputs and targets that return a mean over the batch, by name.
-        scheduler: stepped after each "epoch" or "step", as `scheduler_interval` says. A ReduceLROnPlateau is told the
-            validation loss, or the training loss where there is no validation.
+        scheduler: stepped after each `scheduler_interval`, "epoch" or "step"; a ReduceLROnPlateau gets the newest loss.
         clip_norm: the largest norm that all gradients together may have.
         accumulate: how many batches make one step; the step is that of one big batch.
-        precision: "float32", or "mixed": the model computes in float16, on CUDA; with a `scaler` given, anywhere.
+        precision: of products: "float32"; "float16", with a `scaler`; or "bfloat16". Both are faster on CUDA only.
         device: where the model is brought; by default it stays where it is. Batches follow it.
 
     Attributes:
         history: a row for each epoch: "epoch", "loss", the metrics, the same with "val_" before it, and "lr".
         epoch, batch, step: epochs done, batches of the present epoch done, steps of the optimizer in all.
-        batches, validation, epochs: what `fit` was given.
-        totals: what this epoch has measured so far.
+        batches, validation, epochs: what `fit` was given. totals: what this epoch has measured so far.
         stop: set it to True, and training ends with this epoch.
     """
 
@@ -432,7 +447,7 @@ class Trainer:
         self.callbacks = sorted(callbacks, key=lambda callback: callback.order)
         self.clip_norm, self.accumulate, self.scheduler_interval = clip_norm, accumulate, scheduler_interval
         self._check_options(precision, scaler)
-        self.scaler = (scaler or GradScaler()) if precision == "mixed" else None
+        self.precision, self.scaler = precision, (scaler or GradScaler()) if precision == "float16" else None
         self.history: list[dict[str, float]] = []
         self.epoch = self.step = self.epochs = 0
         self.batches: Any = None
@@ -449,11 +464,9 @@ class Trainer:
             raise ValueError(f"Trainer: accumulate {self.accumulate} or clip_norm {self.clip_norm} is not above 0")
         if self.metrics.keys() & {"loss", "epoch", "lr"}:
             raise ValueError("Trainer: 'loss', 'epoch' and 'lr' are columns of the history; call the metric otherwise")
-        if precision not in ("float32", "mixed") or (scaler is not None and precision != "mixed"):
-            raise ValueError(f"Trainer: precision is 'float32', or 'mixed', which takes a scaler; not {precision!r}")
-        if precision == "mixed" and scaler is None and self.device.type != "cuda":
-            raise ValueError(f"Trainer: precision='mixed' is for CUDA. On {self.device!s} float16 is slower; "
-                             "leave it out, or pass scaler=GradScaler() to try it all the same")  # fmt: skip
+        if precision not in ("float32", "float16", "bfloat16") or (scaler is not None and precision != "float16"):
+            raise ValueError(f"Trainer: precision is float32, bfloat16, or float16 with a scaler, not {precision}")
+        get_backend(str(self.device)).dtype(precision)  # an error, if it has none
 
     # -- training ----------------------------------------------------------------------------------------------------
 
@@ -592,15 +605,13 @@ class Trainer:
         return inputs, targets
 
     def _forward(self, inputs: Tensor) -> Tensor:
-        if self.scaler is None:
+        if self.precision == "float32":
             return self.model(inputs)
-        with half_precision(self.model):
-            outputs = self.model(inputs.to(float16) if inputs.dtype.is_floating_point else inputs)
-        return outputs.to(float32)
+        with autocast(self.device.type, self.precision):
+            return self.model(inputs).to(float32)
 
     def _measure(self, outputs: Tensor, targets: Tensor) -> dict[str, float]:
-        outputs = outputs.detach()
-        return {name: float(metric(outputs, targets)) for name, metric in self.metrics.items()}
+        return {name: float(metric(outputs.detach(), targets)) for name, metric in self.metrics.items()}
 
     @no_grad
     def evaluate(self, batches: Iterable) -> dict[str, float]:
@@ -619,8 +630,8 @@ class Trainer:
     @no_grad
     def predict(self, inputs: Any) -> Tensor:
         """The outputs (N, …) for a batch (a tensor or an array), or for batches of inputs or (inputs, targets)."""
-        batches = [inputs] if hasattr(inputs, "shape") else inputs
         with evaluating(self.model):
+            batches = [inputs] if hasattr(inputs, "shape") else inputs
             alone = (batch[0] if isinstance(batch, (tuple, list)) else batch for batch in batches)
             return cat([self._forward(as_tensor(batch, device=self.device)) for batch in alone])
 
@@ -772,11 +783,10 @@ def test_a_bad_loss_stops_before_it_does_damage() -> None:
 
 def test_mixed_precision_learns_as_float32_does() -> None:
     losses = []
-    for options in ({}, {"precision": "mixed", "scaler": GradScaler(init_scale=1024.0)}):
+    for options in ({}, {"precision": "float16", "scaler": GradScaler(init_scale=1024.0)}):
         trainer, batches = example_trainer(**options)
         losses.append(trainer.fit(batches, epochs=5)[-1]["loss"])
     assert 0 < abs(losses[0] - losses[1]) < 0.02
-    assert "is for CUDA" in message_of(lambda: example_trainer(precision="mixed"), error=ValueError)
 
 
 # %% [markdown]
@@ -808,9 +818,8 @@ def analyze() -> None:
             return [batch - start, forward - batch, backward - forward, time.perf_counter() - backward]
 
         parts = [median(times) for times in zip(*(step() for _ in range(60)), strict=True)]
-        inputs, targets = images[chosen], labels[chosen]
         tracemalloc.start()
-        loss = cross_entropy(model(inputs), targets)
+        loss = cross_entropy(model(images[chosen]), labels[chosen])
         held = tracemalloc.get_traced_memory()[0]
         tracemalloc.stop()
         del loss
@@ -825,12 +834,11 @@ def analyze() -> None:
 # %% [markdown]
 # ## Production context
 #
-# PyTorch leaves the loop to its users and gives the parts: `torch.amp.autocast` chooses float16 or float32 for each
-# operation (here the whole model computes in float16 and the loss in float32), `torch.amp.GradScaler` is ours,
+# PyTorch leaves the loop to its users and gives the parts: `torch.amp.autocast` and `torch.amp.GradScaler` are ours,
 # `torch.save` pickles (here nothing is). Lightning's and Hugging Face's `Trainer` and Keras's `fit` are the models of
 # ours. Few of them resume with the same bits: a `DataLoader` does not know its place (`torchdata`'s
 # `StatefulDataLoader` does). At scale, checkpoints are sharded and written in the background, and a run survives the
-# loss of a machine. Left out here: several devices, and bfloat16, whose range needs no scaler.
+# loss of a machine. Left out here: training on several devices at once.
 
 # %% [markdown]
 # ## Integration testing

@@ -18,11 +18,13 @@ from tinytorch.m01_setup import atomic_write
 from tinytorch.m01_setup_appendix import BLUE, ORANGE, dress_axes, new_figure, save_figure
 from tinytorch.m02_tensor import Tensor, eq, gt
 from tinytorch.m07_optimizers_appendix import EMA
-from tinytorch.m08_training import LAST, PREVIOUS, Callback, Trainer, read_checkpoint
+from tinytorch.m08_training import LAST, LOWER, PREVIOUS, Callback, Trainer, read_checkpoint
 
 if TYPE_CHECKING:
     from rich.console import Console
     from rich.progress import Progress
+
+LOWER.add("einsum_op")
 
 # -- metrics and weights -----------------------------------------------------------------------------------------------
 

@@ -54,7 +54,7 @@ from tinytorch.m04_layers import (
 from tinytorch.m05_losses import cross_entropy
 from tinytorch.m06_autograd import gradcheck, gradient, no_grad
 from tinytorch.m07_optimizers import SGD
-from tinytorch.m08_training import evaluating
+from tinytorch.m08_training import casting, evaluating
 
 # %% [markdown]
 # ## Mathematical foundations
@@ -330,7 +330,7 @@ def check_convolution(name: str, x: Any, weight: Any, bias: Any, groups: int) ->
         raise ValueError(f"{name}: groups must divide the {weight.shape[0]} output channels {shapes()}")
     if x.shape[1] != (taken := weight.shape[1] * groups):
         raise ValueError(f"{name}: input has {x.shape[1]} channels, but the weight takes {taken} {shapes()}")
-    if x.dtype != weight.dtype:
+    if x.dtype != weight.dtype and not casting.wanted:
         fit = f"input.to({str(weight.dtype)!r}) fits it"
         raise TypeError(f"{name}: input is {x.dtype}, but the weight is {weight.dtype}; {fit} {shapes()}")
     if bias is not None and (tuple(bias.shape) != (weight.shape[0],) or bias.dtype != x.dtype):

@@ -31,6 +31,7 @@ from tinytorch.m03_activations import relu
 from tinytorch.m03_activations_appendix import prelu
 from tinytorch.m04_layers import Flatten, Linear, Module, Parameter, Sequential, dropout, kaiming_normal_, overwrite
 from tinytorch.m06_autograd import gradient
+from tinytorch.m08_training import LOWER
 from tinytorch.m09_spatial import (
     BatchNorm,
     BatchNorm2d,
@@ -50,6 +51,8 @@ from tinytorch.m09_spatial import (
     to_columns,
     widened,
 )
+
+LOWER.add("convolution")
 
 # -- signals: pictures of height 1 -------------------------------------------------------------------------------------
 

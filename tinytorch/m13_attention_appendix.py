@@ -13,7 +13,12 @@ from tinytorch.m02_tensor_appendix import empty, pad
 from tinytorch.m04_layers import Linear, Module, Parameter, dropout, linear, xavier_uniform_
 from tinytorch.m04_layers_appendix import xavier_normal_, zeros_
 from tinytorch.m06_autograd import gradient, raw
+from tinytorch.m08_training import FULL
 from tinytorch.m13_attention import attention, attention_rule, attention_weights, merge_heads, split_heads
+
+FULL.update(
+    ("attention", "cached_attention")
+)  # kernels for them are of float32, and add up as no product of 16 bits does
 
 # -- one new token -----------------------------------------------------------------------------------------------------
 

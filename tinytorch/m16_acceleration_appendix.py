@@ -26,6 +26,7 @@ from tinytorch.m05_losses import softmax_cross_entropy
 from tinytorch.m06_autograd import gradient, linear_gradients, relu_gradient, softmax_minus_one_hot
 from tinytorch.m06_autograd_appendix import gelu_gradient
 from tinytorch.m07_optimizers import SGD, Adam, AdamW, Optimizer
+from tinytorch.m08_training import LOWER
 from tinytorch.m09_spatial import (
     Conv2d,
     Windows,
@@ -68,6 +69,7 @@ def convolution_relu_rule(g: Any, x: Any, weight: Any, out: Any, position: tuple
 
 
 gradient(convolution_relu, together=convolution_relu_rule)
+LOWER.add("convolution_relu")
 
 
 def fuse_relu(layer: Any, following: Any) -> Callable | None:

@@ -15,7 +15,7 @@ import tinytorch as t
 import tinytorch.nn.functional as F
 from tinytorch import nn, optim
 from tinytorch.m01_setup import assert_close
-from tinytorch.m08_training import GradScaler, Trainer, half_precision
+from tinytorch.m08_training import GradScaler, Trainer
 from tinytorch.m09_spatial import BLOCK, convolve_by_loops
 from tinytorch.utils.checkpoint import checkpoint
 
@@ -177,8 +177,7 @@ def test_batch_norm_of_half_precision_does_not_overflow() -> None:
     wide = t.randn(8, 3, 16, 16) * 300 + 1000
     x = wide.half().requires_grad_()
     layer, reference = nn.BatchNorm2d(3), nn.BatchNorm2d(3)
-    with half_precision(layer):
-        out = layer(x)
+    out = layer(x)
     expected = reference(x.detach().float())
     assert out.dtype == t.float16
     assert_close(out.float(), expected, rtol=2e-3, atol=2e-3)
@@ -196,8 +195,7 @@ def test_half_precision_in_eval_mode() -> None:
         layer(t.randn(8, 3, 4, 4) * 2 + 1)
     x = t.randn(2, 3, 4, 4)
     expected = layer.eval()(x)
-    with half_precision(layer):
-        out = layer(x.half())
+    out = layer(x.half())
     assert out.dtype == t.float16
     assert_close(out.float(), expected, rtol=1e-2, atol=1e-2)
     assert copy.deepcopy(layer).half()(x.half()).dtype == t.float16
@@ -209,7 +207,7 @@ def test_a_cnn_trains_in_mixed_precision() -> None:
     pictures[:, 0, 0] += labels.float().reshape(-1, 1) * 2
     net = t.SimpleCNN(1, 2, 8, widths=(4, 8), hidden=8, batch_norm=True)
     optimizer = optim.Adam(net.parameters(), lr=0.02)
-    trainer = Trainer(net, optimizer, nn.CrossEntropyLoss(), precision="mixed", scaler=GradScaler(256.0))
+    trainer = Trainer(net, optimizer, nn.CrossEntropyLoss(), precision="float16", scaler=GradScaler(init_scale=256.0))
     history = trainer.fit([(pictures, labels)], 8)
     assert history[-1]["loss"] < history[0]["loss"] / 2
     assert net[0].weight.dtype == net[1].running_mean.dtype == t.float32
@@ -246,8 +244,7 @@ def test_a_channel_that_hardly_varies_does_not_overflow_in_half_precision() -> N
         layer(t.full((8, 1, 4, 4), 300.0))
     layer.eval()
     x = t.full((8, 1, 4, 4), 300.0)
-    with half_precision(layer):
-        out = layer(x.half())
+    out = layer(x.half())
     assert out.dtype == t.float16
     assert_close(out, layer(x), atol=1e-3)
 

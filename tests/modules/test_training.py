@@ -6,6 +6,7 @@ import io
 import math
 import os
 import re
+import threading
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -15,9 +16,19 @@ import pytest
 
 import tinytorch
 from tinytorch import Tensor, nn, optim
+from tinytorch.backends import get_backend
 from tinytorch.m01_setup import assert_close
+from tinytorch.m02_tensor import observe
 from tinytorch.m04_layers_appendix import load, save
-from tinytorch.m08_training import Callback, GradScaler, Trainer, TrainingError, accuracy, read_checkpoint
+from tinytorch.m08_training import (
+    Callback,
+    GradScaler,
+    Trainer,
+    TrainingError,
+    accuracy,
+    autocast,
+    read_checkpoint,
+)
 from tinytorch.m08_training_appendix import (
     AveragedWeights,
     Best,
@@ -285,9 +296,8 @@ def test_bad_evaluations_are_named() -> None:
 @pytest.mark.parametrize(
     ("options", "words"),
     [
-        ({"precision": "mixed"}, "is for CUDA. On cpu"),
-        ({"precision": "half"}, "'half'"),
-        ({"scaler": GradScaler()}, "takes a scaler; not 'float32'"),
+        ({"precision": "half"}, "not half"),
+        ({"scaler": GradScaler()}, "float16 with a scaler, not float32"),
         ({"accumulate": 0}, "accumulate 0"),
         ({"clip_norm": 0.0}, "clip_norm 0.0"),
         ({"clip_norm": math.nan}, "clip_norm nan"),
@@ -316,7 +326,7 @@ def test_epochs_are_a_whole_number(epochs: Any) -> None:
 def test_small_gradients_survive_by_scaling() -> None:
     results = {}
     for name, scaler in (("none", GradScaler(init_scale=1.0)), ("scaled", GradScaler(init_scale=2.0**14))):
-        trainer = make(lambda p: optim.SGD(p, lr=1.0), precision="mixed", scaler=scaler)
+        trainer = make(lambda p: optim.SGD(p, lr=1.0), precision="float16", scaler=scaler)
         trainer.loss = lambda outputs, targets: outputs.sum() * 1e-8  # float16 ends at 6e-8
         before = trainer.model[3].bias.numpy().copy()
         trainer.fit(make_batches((4,)), 1)
@@ -329,7 +339,7 @@ def test_small_gradients_survive_by_scaling() -> None:
 @pytest.mark.filterwarnings("ignore:invalid value encountered")
 def test_an_overflow_skips_the_step_and_halves_the_scale() -> None:
     scaler = GradScaler(init_scale=2.0**40)
-    trainer = make(precision="mixed", scaler=scaler)
+    trainer = make(precision="float16", scaler=scaler)
     before = trainer.model[0].weight.tolist()
     trainer.fit(make_batches((8,)), 1)
     assert trainer.model[0].weight.tolist() == before
@@ -342,7 +352,7 @@ def test_an_overflow_skips_the_step_and_halves_the_scale() -> None:
 
 def test_mixed_with_accumulation_and_clipping_follows_float32() -> None:
     weights = []
-    for options in ({}, {"precision": "mixed", "scaler": GradScaler(1024.0)}):
+    for options in ({}, {"precision": "float16", "scaler": GradScaler(init_scale=1024.0)}):
         trainer = make(lambda p: optim.SGD(p, lr=0.1), accumulate=2, clip_norm=0.5, **options)
         trainer.model[2].p = 0.0
         trainer.fit(make_batches(), 4)
@@ -353,7 +363,7 @@ def test_mixed_with_accumulation_and_clipping_follows_float32() -> None:
 
 def test_the_scaler_by_hand_as_in_pytorch() -> None:
     weight = tinytorch.tensor([2.0], requires_grad=True)
-    optimizer, scaler = optim.SGD([weight], lr=0.25), GradScaler(8.0)
+    optimizer, scaler = optim.SGD([weight], lr=0.25), GradScaler(init_scale=8.0)
     scaler.scale((weight * 3).sum()).backward()
     assert weight.grad.tolist() == [24.0]
     scaler.unscale_(optimizer)
@@ -421,7 +431,7 @@ def test_plateau_resumes(tmp_path: Path) -> None:
 @pytest.mark.filterwarnings("ignore:overflow encountered")
 def test_mixed_precision_resumes(tmp_path: Path) -> None:
     def make_trainer(**options: Any) -> Trainer:
-        return make(precision="mixed", scaler=GradScaler(2.0**8, growth_interval=4), **options)
+        return make(precision="float16", scaler=GradScaler(init_scale=2.0**8, growth_interval=4), **options)
 
     resumes_at(7, make_trainer, WithState, tmp_path)
 
@@ -761,3 +771,76 @@ def test_a_run_on_every_device(device: str, tmp_path: Path) -> None:
     rows = trainer.fit(make_batches(), 3, make_batches((4,)))
     assert rows[-1]["loss"] < rows[0]["loss"]
     assert trainer.predict(make_batches()).device == tinytorch.get_default_device()
+
+
+# -- mixed precision ---------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("dtype", ["float16", "bfloat16"])
+def test_what_autocast_casts_and_what_not(device: str, dtype: str) -> None:
+    kind = str(tinytorch.tensor(0.0).device).partition(":")[0]
+    if dtype not in get_backend(device).dtypes:
+        pytest.skip(f"{device} has no {dtype}")
+    x, layer = tinytorch.randn(3, 4), nn.Linear(4, 4)
+    double = tinytorch.ones(4, 4, dtype="float64")
+    with autocast(kind, dtype):
+        assert layer(x).dtype == (x @ x.T).dtype == dtype
+        assert (double @ double).dtype == "float64"
+        assert (x + x).dtype == "float32"
+        half = layer(x)
+        assert (half + half).dtype == dtype
+        assert [y.dtype for y in (half.exp(), half.sum(), half.softmax(-1), half**2)] == ["float32"] * 4
+        assert nn.functional.cross_entropy(half, tinytorch.tensor([0, 1, 2])).dtype == "float32"
+        with autocast(kind, enabled=False):
+            assert layer(x).dtype == "float32"
+            with autocast(kind, dtype):
+                assert layer(x).dtype == dtype
+        assert layer(x).dtype == dtype
+        with autocast("tpu"):
+            assert layer(x).dtype == "float32"
+    assert layer(x).dtype == "float32"
+
+
+def test_networks_compute_in_16_bits_forward_and_backward() -> None:
+    x, heads = tinytorch.randn(2, 3, 6, 6), tinytorch.randn(2, 2, 5, 4, requires_grad=True)
+    conv = nn.Sequential(nn.Conv2d(3, 4, 3), nn.ReLU())
+    seen: dict[str, set] = {}
+
+    def look(op: Any, arrays: list, attributes: dict, proceed: Any) -> Any:
+        seen.setdefault(op.name, set()).update(str(a.dtype) for a in arrays if hasattr(a, "dtype"))
+        return proceed()
+
+    with autocast("cpu"):
+        out = conv(x)
+        attended = nn.functional.scaled_dot_product_attention(heads, heads.half(), heads)
+    with observe(look):
+        (out.float() ** 2).sum().backward()
+        attended.sum().backward()
+    assert out.dtype == "float16"
+    assert attended.dtype == "float32"
+    assert seen["convolution_weight_gradient"] == {"float16"}
+    assert seen["attention_gradients"] == {"float32"}
+    assert conv[0].weight.grad.dtype == heads.grad.dtype == "float32"
+    plain = nn.Sequential(nn.Conv2d(3, 4, 3), nn.ReLU())
+    plain.load_state_dict(conv.state_dict())
+    (plain(x) ** 2).sum().backward()
+    assert_close(conv[0].weight.grad, plain[0].weight.grad, rtol=1e-2, atol=5e-2)
+
+
+def test_autocast_is_of_one_thread_and_a_decorator() -> None:
+    layer, x, found = nn.Linear(2, 2), tinytorch.ones(1, 2), list[str]()
+    with autocast("cpu"):
+        thread = threading.Thread(target=lambda: found.append(layer(x).dtype))
+        thread.start()
+        thread.join()
+    assert found == ["float32"]
+
+    @autocast("cpu")
+    def apply(x: Tensor) -> Tensor:
+        return layer(x)
+
+    assert apply(x).dtype == apply(x).dtype == "float16"
+    with pytest.raises(TypeError, match="numpy has no dtype 'bfloat16'"), autocast("cpu", "bfloat16"):
+        layer(x)
+    with pytest.raises(TypeError, match="numpy has no dtype 'bfloat16'"):
+        make(precision="bfloat16")
