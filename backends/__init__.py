@@ -17,22 +17,27 @@ from typing import Any
 import array_api_compat
 import numpy as np
 
-from tinytorch.backends.base import DTYPE_KINDS, Backend, Memory, Seeded, set_default_float
+from tinytorch.backends.base import DTYPE_KINDS, Backend, Memory, OutOfMemoryError, Pool, Seeded, set_default_float
 from tinytorch.backends.generic import GenericBackend
 from tinytorch.backends.numpy import NumpyBackend
 
 __all__ = [
     "BY_TYPE",
     "DTYPE_KINDS",
+    "SURE",
     "Backend",
     "Memory",
+    "OutOfMemoryError",
+    "Pool",
     "backend_of",
     "count_cuda_devices",
     "get_backend",
     "manual_seed",
+    "matmul_precision",
     "rng_state",
     "seeded",
     "set_default_float",
+    "set_matmul_precision",
     "set_rng_state",
 ]
 
@@ -44,7 +49,11 @@ BY_TYPE: dict[type, Backend] = {np.ndarray: NUMPY}
 BY_TYPE.update({type(np.zeros((), native)[()]): NUMPY for native in NUMPY.names})
 BY_DEVICE: dict[str, Backend] = {"cpu": NUMPY, "numpy": NUMPY}
 
+# The same without CuPy's arrays where there are several devices: each of them has to be asked where it lies.
+SURE: dict[type, Backend] = dict(BY_TYPE)
+
 _seed = 0
+_precision = "highest"
 
 
 def backend_of(array: Any) -> Backend:
@@ -53,7 +62,9 @@ def backend_of(array: Any) -> Backend:
     if found is not None and found.name != "cupy":
         return found
     if array_api_compat.is_cupy_array(array):
-        return get_backend(f"cuda:{array.device.id}")  # one type, but a backend for each device
+        backend = get_backend(f"cuda:{array.device.id}")  # one type, but a backend for each device
+        backend.use()  # what is computed next is computed with this array
+        return backend
     if not array_api_compat.is_array_api_obj(array):
         raise TypeError(f"expected an array of NumPy, CuPy or another array library, got {type(array).__name__}")
     if isinstance(array, np.ndarray):  # a subclass of NumPy's array
@@ -61,7 +72,7 @@ def backend_of(array: Any) -> Backend:
     namespace = array_api_compat.array_namespace(array)
     name = type(array).__module__.partition(".")[0]
     backend = _add(name, GenericBackend(name, namespace, array))
-    BY_TYPE[type(array)] = backend
+    BY_TYPE[type(array)] = SURE[type(array)] = backend
     return backend
 
 
@@ -112,9 +123,13 @@ def _cuda(name: str) -> Backend:
     if int(number) >= count:
         raise RuntimeError(f"there is no device {name!r}: this machine has {count} CUDA device(s)")
     backend = _add(f"cuda:{int(number)}", module.CupyBackend(int(number)))
-    BY_TYPE.setdefault(backend.array_type, backend)
     if int(number) == 0:
         BY_DEVICE["cuda"] = backend
+    BY_TYPE[backend.array_type] = backend
+    if [device for device in BY_DEVICE if device.startswith("cuda:")] == ["cuda:0"]:
+        SURE[backend.array_type] = backend
+    else:
+        SURE.pop(backend.array_type, None)
     return backend
 
 
@@ -130,6 +145,7 @@ def count_cuda_devices() -> int:
 
 def _add(device: str, backend: Backend) -> Backend:
     backend.seed(_seed)
+    backend.set_matmul_precision(_precision)
     return BY_DEVICE.setdefault(device, backend)
 
 
@@ -141,6 +157,20 @@ def manual_seed(seed: int) -> None:
     _seed = seed
     for backend in BY_DEVICE.values():
         backend.seed(seed)
+
+
+def set_matmul_precision(precision: str) -> None:
+    """How all devices multiply float32: "highest", as it is written; "high" or "medium": in TF32 where there is one."""
+    global _precision
+    if precision not in ("highest", "high", "medium"):
+        raise ValueError(f"set_float32_matmul_precision: expected 'highest', 'high' or 'medium', got {precision!r}")
+    _precision = precision
+    for backend in set(BY_DEVICE.values()):
+        backend.set_matmul_precision(precision)
+
+
+def matmul_precision() -> str:
+    return _precision
 
 
 def seeded(seed: int | Sequence[int]) -> Seeded:

@@ -8,8 +8,10 @@ methods below, and there are no others:
     take_index, assign, scatter_add                  indexing with whatever NumPy takes as an index
     erf, einsum, sliding_windows                     mathematics
     random, normal, integers, permutation, …         a seeded random generator; `seeded` gives a thread one of its own
-    from_numpy, to_numpy, synchronize, memory        the machine
-    mark, seconds_between                            the time on a device that works on its own
+    from_numpy, to_numpy, pinned, synchronize        the way to the device and back
+    description, memory, pool, release               the machine, its memory, and what the library keeps of it
+    use, stream, mark, seconds_between               a device that works on its own, and the time there
+    set_matmul_precision                             whether products of float32 may round their factors
     buffer_id, owns_memory, format                   which memory an array lies in; its values as text
 """
 
@@ -41,6 +43,17 @@ class Memory(NamedTuple):
     used: int
     peak: int
     total: int
+
+
+class Pool(NamedTuple):
+    """Bytes of a device's memory: of arrays that live, and what the library holds for them and for those to come."""
+
+    used: int
+    reserved: int
+
+
+class OutOfMemoryError(MemoryError, RuntimeError):
+    """A device has no memory left for an array."""
 
 
 class Own(threading.local):
@@ -249,9 +262,16 @@ class Backend:
 
     # -- the machine -------------------------------------------------------------------------------------------------
 
-    def from_numpy(self, array: np.ndarray) -> Array:
-        """This backend's array with the values of a NumPy array."""
+    def from_numpy(self, array: np.ndarray, wait: bool = True) -> Array:
+        """This backend's array with the values of a NumPy array.
+
+        Without `wait`, a copy out of page-locked memory (see `pinned`) is under way when this returns.
+        """
         raise NotImplementedError
+
+    def pinned(self, array: np.ndarray) -> np.ndarray:
+        """A copy in memory that the machine never moves, from which a device copies on its own."""
+        raise NotImplementedError(f"{self.name} on {self.device} needs no page-locked memory")
 
     def to_numpy(self, array: Array) -> np.ndarray:
         """A NumPy array with the values of one of this backend's; without a copy where the memory is shared."""
@@ -259,6 +279,13 @@ class Backend:
 
     def synchronize(self) -> None:
         """Wait until the device has done all that it was given. Nothing to do where calls return when they are done."""
+
+    def use(self) -> None:
+        """Have this thread's work go to this device, where there are several of a kind."""
+
+    def stream(self) -> Any:
+        """A queue of its own for the device's work: a context manager in which work goes there."""
+        raise NotImplementedError(f"{self.name} on {self.device} has no streams")
 
     def mark(self) -> Any:
         """A point in the device's work: behind all that it was given. None where calls return when they are done."""
@@ -271,6 +298,20 @@ class Backend:
     def memory(self) -> Memory:
         """This process's memory on the device (here: of the machine)."""
         return process_memory()
+
+    def description(self) -> str:
+        """What the device calls itself."""
+        raise NotImplementedError(f"{self.name} on {self.device} has no name for it")
+
+    def pool(self) -> Pool:
+        """What the library holds of the device's memory; zeros where it keeps none for itself."""
+        return Pool(0, 0)
+
+    def release(self) -> None:
+        """Give what the library holds, and no array needs, back to the device."""
+
+    def set_matmul_precision(self, precision: str) -> None:
+        """ "highest": products of float32 are of float32. "high", "medium": their factors may be rounded first."""
 
     def buffer_id(self, array: Array) -> int:
         """A number for the memory that an array lies in; equal for an array and its views."""

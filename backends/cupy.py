@@ -11,7 +11,16 @@ import cupy
 import cupyx.scipy.special
 import numpy as np
 
-from tinytorch.backends.base import Array, Backend, Memory
+from tinytorch.backends.base import Array, Backend, Memory, OutOfMemoryError, Pool
+
+try:  # with it, CuPy 14 and newer have bfloat16
+    from ml_dtypes import bfloat16
+except ImportError:
+    bfloat16 = None
+
+# CuPy's names for how products of float32 are computed, which it exports as numbers only: as written, or in TF32.
+COMPUTE_TYPES = {"highest": 1, "high": 7, "medium": 7}
+ON_HOST = 1  # the CUDA runtime's number for page-locked memory
 
 
 class CupyBackend(Backend):
@@ -21,9 +30,13 @@ class CupyBackend(Backend):
 
     def __init__(self, index: int) -> None:
         self.index = index
+        self._under_way: list[tuple[Any, np.ndarray]] = []  # copies to the device, and what they are made from
         super().__init__(namespace, f"cuda:{index}", cupy.ndarray)
         for creation in ("zeros", "ones", "full", "empty", "eye", "arange", "linspace", "asarray"):
             setattr(self, creation, self._here(getattr(namespace, creation)))
+        if bfloat16 is not None and int(cupy.__version__.partition(".")[0]) >= 14:
+            self.dtypes["bfloat16"] = np.dtype(bfloat16)
+            self.names[np.dtype(bfloat16)] = "bfloat16"
 
     def _here(self, create: Callable) -> Callable:
         """The function, so that what it creates lies on this backend's device."""
@@ -37,9 +50,6 @@ class CupyBackend(Backend):
 
     def native(self, dtype: Any) -> Any:
         return np.dtype(dtype)  # the namespace has NumPy's scalar types in the dtypes' place
-
-    def is_floating(self, array: Array) -> bool:
-        return array.dtype.kind == "f"
 
     def take_index(self, x: Array, index: Any) -> Array:
         return x[self._on_device(index)]
@@ -58,6 +68,8 @@ class CupyBackend(Backend):
         return self.from_numpy(np.asarray(index)) if isinstance(index, (np.ndarray, list)) else index
 
     def erf(self, x: Array) -> Array:
+        if x.dtype.itemsize < 4:  # its kernel knows no bfloat16, and float16 only after promotion
+            return cupyx.scipy.special.erf(x.astype(np.float32)).astype(x.dtype)
         return cupyx.scipy.special.erf(x)
 
     def einsum(self, equation: str, *arrays: Array) -> Array:
@@ -113,15 +125,33 @@ class CupyBackend(Backend):
         with cupy.cuda.Device(self.index):
             return self.cast(self._next().beta(a, b, shape), dtype)
 
-    def from_numpy(self, array: np.ndarray) -> Array:
+    def from_numpy(self, array: np.ndarray, wait: bool = True) -> Array:
         with cupy.cuda.Device(self.index):
-            return cupy.asarray(array)
+            # What is not page-locked CuPy copies to where it is, and from there on its own.
+            copy = cupy.asarray(array, blocking=wait and is_pinned(array))
+            if not wait:
+                event = cupy.cuda.Event()
+                event.record()
+                self._under_way = [(e, source) for e, source in self._under_way if not e.done] + [(event, array)]
+            return copy
+
+    def pinned(self, array: np.ndarray) -> np.ndarray:
+        out = cupyx.empty_pinned(array.shape, array.dtype)
+        out[...] = array
+        return out
 
     def to_numpy(self, array: Array) -> np.ndarray:
         return cupy.asnumpy(array)
 
     def synchronize(self) -> None:
         cupy.cuda.Device(self.index).synchronize()
+
+    def use(self) -> None:
+        cupy.cuda.Device(self.index).use()
+
+    def stream(self) -> Any:
+        with cupy.cuda.Device(self.index):
+            return cupy.cuda.Stream(non_blocking=True)
 
     def mark(self) -> Any:
         with cupy.cuda.Device(self.index):
@@ -139,7 +169,24 @@ class CupyBackend(Backend):
 
         pynvml.nvmlInit()
         info = pynvml.nvmlDeviceGetMemoryInfo(pynvml.nvmlDeviceGetHandleByIndex(self.index))
-        return Memory(info.used, cupy.get_default_memory_pool().total_bytes(), info.total)
+        return Memory(info.used, self.pool().reserved, info.total)
+
+    def description(self) -> str:
+        return cupy.cuda.runtime.getDeviceProperties(self.index)["name"].decode()
+
+    def pool(self) -> Pool:
+        with cupy.cuda.Device(self.index):  # there is a pool for each
+            pool = cupy.get_default_memory_pool()
+            return Pool(pool.used_bytes(), pool.total_bytes())
+
+    def release(self) -> None:
+        with cupy.cuda.Device(self.index):
+            cupy.get_default_memory_pool().free_all_blocks()
+        cupy.get_default_pinned_memory_pool().free_all_blocks()
+
+    def set_matmul_precision(self, precision: str) -> None:
+        with cupy.cuda.Device(self.index):
+            cupy._core.set_compute_type(np.float32, COMPUTE_TYPES[precision])
 
     def owns_memory(self, array: Array) -> bool:
         return array.base is None
@@ -148,5 +195,36 @@ class CupyBackend(Backend):
         return array.data.mem.ptr
 
 
+def is_pinned(array: np.ndarray) -> bool:
+    """Whether an array lies in page-locked memory."""
+    try:
+        return cupy.cuda.runtime.pointerGetAttributes(array.ctypes.data).type == ON_HOST
+    except cupy.cuda.runtime.CUDARuntimeError:  # what older drivers say of memory that they have not heard of
+        return False
+
+
 def device_count() -> int:
     return cupy.cuda.runtime.getDeviceCount()
+
+
+# Every array of CuPy is allocated by a function that can be set, which is where a full device shows, whatever was being
+# computed. CuPy has then given back what it kept, and tried again.
+_allocate = cupy.cuda.get_allocator()
+
+
+def allocate(size: int) -> Any:
+    """Memory of the current device; OutOfMemoryError, with figures, if there is none."""
+    try:
+        return _allocate(size)
+    except cupy.cuda.memory.OutOfMemoryError:
+        pool, device = cupy.get_default_memory_pool(), cupy.cuda.Device().id
+        used, (free, total) = pool.used_bytes(), cupy.cuda.runtime.memGetInfo()
+        others = max(total - free - pool.total_bytes(), 0)
+        raise OutOfMemoryError(
+            f"cuda:{device} has no {size / 1e6:,.1f} MB for an array: of its {total / 1e6:,.0f} MB this program's "
+            f"arrays take {used / 1e6:,.0f}, and other programs and the driver {others / 1e6:,.0f}. Make batches "
+            "smaller, evaluate under no_grad(), train with precision='float16', or drop tensors that hold graphs"
+        ) from None
+
+
+cupy.cuda.set_allocator(allocate)

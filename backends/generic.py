@@ -82,7 +82,7 @@ class GenericBackend(Backend):
         stacked = self.stack(pieces, axis=-1)
         return self.reshape(stacked, (*x.shape[:lead], *out, *size[:rank]))
 
-    def from_numpy(self, array: np.ndarray) -> Array:
+    def from_numpy(self, array: np.ndarray, wait: bool = True) -> Array:
         array = np.asarray(array)
         name = array.dtype.name
         if name not in DTYPE_KINDS:

@@ -179,7 +179,7 @@ class NumpyBackend(Backend):
         steps: Any = (..., *(slice(None, None, s) for s in (*stride, *dilation)))
         return windows[steps]
 
-    def from_numpy(self, array: np.ndarray) -> Array:
+    def from_numpy(self, array: np.ndarray, wait: bool = True) -> Array:
         return np.asarray(array)
 
     def to_numpy(self, array: Array) -> np.ndarray:

@@ -70,6 +70,7 @@ MODULES = (
             "": """
                 Tensor dtype=DType device=Device set_default_device get_default_device
                 set_default_dtype get_default_dtype
+                set_float32_matmul_precision get_float32_matmul_precision
                 float16 bfloat16 float32 float64 int8 int16 int32 int64 uint8 bool=bool_
                 half=float16 float=float32 double=float64 short=int16 int=int32 long=int64
                 tensor as_tensor is_tensor from_numpy from_dlpack zeros ones full empty eye arange linspace
@@ -86,7 +87,11 @@ MODULES = (
                 gather take_along_dim index_select index_add index_put scatter_add masked_fill masked_select
                 nonzero topk sort argsort
             """,
-            "cuda": "is_available=cuda_is_available device_count=cuda_device_count synchronize=cuda_synchronize",
+            "cuda": """
+                is_available=cuda_is_available device_count=cuda_device_count synchronize=cuda_synchronize
+                memory_allocated memory_reserved empty_cache mem_get_info get_device_name
+                Event Stream stream OutOfMemoryError
+            """,
             "nn.functional": "one_hot pad",
         },
     ),

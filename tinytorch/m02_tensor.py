@@ -22,7 +22,7 @@ from inspect import signature
 from types import MethodType
 from typing import TYPE_CHECKING, Any, ClassVar
 
-from tinytorch.backends import BY_TYPE, DTYPE_KINDS, Backend, backend_of, get_backend
+from tinytorch.backends import BY_TYPE, DTYPE_KINDS, SURE, Backend, backend_of, get_backend
 from tinytorch.m01_setup import assert_close, message_of, print_table, run_module, seconds
 
 # %% [markdown]
@@ -147,12 +147,12 @@ class Op:
             arrays.append(x)
             this = type(x)
             if this is not kind:
-                found = BY_TYPE.get(this)
+                found = SURE.get(this)
                 if found is None and this in NUMBERS:
                     continue
                 if found is None or found is not backend:
                     backend = found if backend is None and found is not None else self._backend(x, backend)
-                kind, dtype = this, x.dtype if dtype is None else dtype
+                kind, dtype = found and this, x.dtype if dtype is None else dtype
             if x.dtype is not dtype:
                 dtype = SEVERAL
         if backend is None:
@@ -217,7 +217,7 @@ class Op:
 
     def _backend(self, x: Any, others: Backend | None) -> Backend:
         """The backend of an input; an error if it is not that of the other inputs, or if the input is no array."""
-        found = BY_TYPE.get(type(x))
+        found = SURE.get(type(x))
         if found is None:
             try:
                 found = backend_of(x)
@@ -443,7 +443,7 @@ def _to_array(data: Any, dtype: str | None, device: str) -> Any:
         data = data.numpy()
     if isinstance(data, (list, tuple)) and data and isinstance(data[0], Tensor):
         data = [x.tolist() for x in data]
-    if type(data) in BY_TYPE and BY_TYPE[type(data)] is backend:
+    if type(data) in BY_TYPE and backend_of(data) is backend:
         array = backend.asarray(data)
     elif type(data) in BY_TYPE or hasattr(data, "__array__"):
         array = backend.from_numpy(BY_TYPE[type(data)].to_numpy(data) if type(data) in BY_TYPE else data.__array__())
@@ -817,9 +817,9 @@ def cast(xp, x, *, dtype):
 
 
 @op
-def to_device(xp, x, *, device, source):
+def to_device(xp, x, *, device, source, non_blocking=False):
     """The values on another device. `source` is where they come from."""
-    return get_backend(device).from_numpy(xp.to_numpy(x))
+    return get_backend(device).from_numpy(xp.to_numpy(x), not non_blocking)
 
 
 @op
@@ -828,7 +828,9 @@ def clone(xp, x):
     return xp.asarray(x, copy=True)
 
 
-def to(x: Tensor, *targets: Any, dtype: str | None = None, device: str | None = None) -> Tensor:
+def to(
+    x: Tensor, *targets: Any, dtype: str | None = None, device: str | None = None, non_blocking: bool = False
+) -> Tensor:  # fmt: skip
     """In another dtype, on another device, or both; or as another tensor is. The tensor itself if nothing changes."""
     for target in targets:
         if isinstance(target, Tensor):
@@ -838,7 +840,7 @@ def to(x: Tensor, *targets: Any, dtype: str | None = None, device: str | None = 
         elif target is not None:
             device = target
     if device is not None and get_backend(device) is not backend_of(x.data):
-        x = to_device(x, device=str(device), source=str(x.device))
+        x = to_device(x, device=str(device), source=str(x.device), non_blocking=non_blocking)
     return x if dtype is None or dtype == x.dtype else cast(x, dtype=dtype)
 
 
@@ -903,14 +905,11 @@ def analyze() -> None:
                      f"{product * 1e6:.1f}", f"{operations / product / 1e9:.1f}"])  # fmt: skip
     print_table(["shape", "x + y, µs", "GB/s", "x @ y, µs", "GFLOP/s"], rows)
     x = randn(1024, 1024)
-    print_table(
-        ["of 4 MB", "µs", "new memory"],
-        [
-            ["x.T", f"{seconds(lambda: x.T) * 1e6:.1f}", "none: a view"],
-            ["x.clone()", f"{seconds(x.clone) * 1e6:.1f}", "4 MB"],
-            ["x + 1", f"{seconds(lambda: x + 1) * 1e6:.1f}", "4 MB"],
-        ],
-    )
+    print_table(["of 4 MB", "µs", "new memory"], [
+        ["x.T", f"{seconds(lambda: x.T) * 1e6:.1f}", "none: a view"],
+        ["x.clone()", f"{seconds(x.clone) * 1e6:.1f}", "4 MB"],
+        ["x + 1", f"{seconds(lambda: x + 1) * 1e6:.1f}", "4 MB"],
+    ])  # fmt: skip
 
 
 # %% [markdown]

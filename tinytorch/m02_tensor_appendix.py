@@ -14,7 +14,17 @@ import operator
 from collections.abc import Callable, Sequence
 from typing import Any, ClassVar, NamedTuple
 
-from tinytorch.backends import BY_TYPE, DTYPE_KINDS, backend_of, count_cuda_devices, get_backend, set_default_float
+from tinytorch.backends import (  # noqa: F401 - OutOfMemoryError is for users
+    BY_TYPE,
+    DTYPE_KINDS,
+    OutOfMemoryError,
+    backend_of,
+    count_cuda_devices,
+    get_backend,
+    matmul_precision,
+    set_default_float,
+    set_matmul_precision,
+)
 from tinytorch.m02_tensor import (
     DTYPES,
     Device,
@@ -186,21 +196,6 @@ def get_default_dtype() -> DType:
     return _default["dtype"]
 
 
-def cuda_device_count() -> int:
-    """How many CUDA devices can be used; 0 where CuPy, the driver or the devices are missing."""
-    return count_cuda_devices()
-
-
-def cuda_is_available() -> builtins.bool:
-    """Whether `device="cuda"` can be used."""
-    return count_cuda_devices() > 0
-
-
-def cuda_synchronize(device: str = "cuda") -> None:
-    """Wait until a device has done all that it was given."""
-    get_backend(device).synchronize()
-
-
 def is_tensor(x: Any) -> builtins.bool:
     return isinstance(x, Tensor)
 
@@ -242,6 +237,144 @@ Tensor.extend(
     __deepcopy__=_deepcopy,
     __reduce_ex__=_refuse_pickle,
 )
+
+# -- devices that work on their own ------------------------------------------------------------------------------------
+
+
+def cuda_device_count() -> int:
+    """How many CUDA devices can be used; 0 where CuPy, the driver or the devices are missing."""
+    return count_cuda_devices()
+
+
+def cuda_is_available() -> builtins.bool:
+    """Whether `device="cuda"` can be used."""
+    return count_cuda_devices() > 0
+
+
+def cuda_synchronize(device: str = "cuda") -> None:
+    """Wait until a device has done all that it was given."""
+    get_backend(device).synchronize()
+
+
+def memory_allocated(device: str = "cuda") -> int:
+    """The bytes of a device's memory that arrays take."""
+    return get_backend(device).pool().used
+
+
+def memory_reserved(device: str = "cuda") -> int:
+    """The bytes that CuPy holds: those of arrays, and what it keeps for arrays to come."""
+    return get_backend(device).pool().reserved
+
+
+def empty_cache(device: str = "cuda") -> None:
+    """Give back what CuPy keeps for arrays to come, so that other programs can have it."""
+    get_backend(device).release()
+
+
+def mem_get_info(device: str = "cuda") -> tuple[int, int]:
+    """(free, total): bytes of a device's memory, all programs on it counted."""
+    memory = get_backend(device).memory()
+    return memory.total - memory.used, memory.total
+
+
+def get_device_name(device: str = "cuda") -> str:
+    """What the device calls itself, such as "NVIDIA A100-SXM4-40GB"."""
+    return get_backend(device).description()
+
+
+class Event:
+    """A point in what a device has to do: `record` puts it behind all that was asked for so far.
+
+    Args:
+        enable_timing: as in PyTorch; times can always be told.
+    """
+
+    def __init__(self, enable_timing: builtins.bool = False, device: str = "cuda") -> None:
+        self.backend = get_backend(device)
+        self.mark: Any = None
+
+    def record(self, stream: Stream | None = None) -> None:
+        if stream is None:
+            self.mark = self.backend.mark()
+        else:
+            with stream:
+                self.mark = self.backend.mark()
+
+    def synchronize(self) -> None:
+        """Wait until the device has come there."""
+        if self.mark is not None:
+            self.mark.synchronize()
+
+    def query(self) -> builtins.bool:
+        """Whether it has."""
+        return self.mark is None or builtins.bool(self.mark.done)
+
+    def elapsed_time(self, end: Event) -> float:
+        """Milliseconds from here to another event; waits for that."""
+        if self.mark is None or end.mark is None:
+            raise ValueError("elapsed_time: both events must have been recorded")
+        return 1e3 * self.backend.seconds_between(self.mark, end.mark)
+
+
+class Stream:
+    """A queue of work for a device, done in its order, and beside that of other streams: `with stream: …`.
+
+    What was made in one stream and is read in another has to be waited for: `wait_stream`, or `synchronize`.
+    """
+
+    def __init__(self, device: str = "cuda") -> None:
+        self.native = get_backend(device).stream()
+
+    def __enter__(self) -> Stream:
+        self.native.__enter__()
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self.native.__exit__(*error)
+
+    def synchronize(self) -> None:
+        self.native.synchronize()
+
+    def query(self) -> builtins.bool:
+        """Whether all that it was given is done."""
+        return builtins.bool(self.native.done)
+
+    def wait_stream(self, other: Stream) -> None:
+        """Have what is asked for from now on wait for what another stream has been given."""
+        self.native.wait_event(other.native.record())
+
+    def wait_event(self, event: Event) -> None:
+        self.native.wait_event(event.mark)
+
+
+def stream(stream: Stream) -> Stream:
+    """`with cuda.stream(s):` is `with s:`."""
+    return stream
+
+
+def pin_memory(x: Any) -> Any:
+    """A tensor in page-locked memory, out of which `x.to("cuda", non_blocking=True)` copies beside other work.
+
+    Of a tuple, a list or a dict, its tensors; what is none stays as it is. RuntimeError where there is no CUDA.
+    """
+    if isinstance(x, Tensor):
+        return Tensor(get_backend("cuda").pinned(x.numpy()))
+    if isinstance(x, dict):
+        return {key: pin_memory(part) for key, part in x.items()}
+    if isinstance(x, tuple) and hasattr(x, "_fields"):
+        return type(x)(*map(pin_memory, x))
+    return type(x)(map(pin_memory, x)) if type(x) in (tuple, list) else x
+
+
+def set_float32_matmul_precision(precision: str) -> None:
+    """How CUDA devices multiply float32: "highest" (the default) as it is written; "high" or "medium" with factors of
+    11 bits (TF32, from Ampere on), several times as fast. Convolutions are computed in float32 either way."""
+    set_matmul_precision(precision)
+
+
+def get_float32_matmul_precision() -> str:
+    return matmul_precision()
+
 
 # -- creation ----------------------------------------------------------------------------------------------------------
 
@@ -1023,7 +1156,8 @@ Tensor.extend(
     # dtypes and devices
     float=_as_dtype(float32), double=_as_dtype(DTYPES["float64"]), half=_as_dtype(DTYPES["float16"]),
     long=_as_dtype(int64), int=_as_dtype(DTYPES["int32"]), bool=_as_dtype(DTYPES["bool"]),
-    cpu=lambda self: to(self, device="cpu"), cuda=lambda self, index=0: to(self, device=f"cuda:{index}"),
+    cpu=lambda self: to(self, device="cpu"), pin_memory=pin_memory,
+    cuda=lambda self, index=0, non_blocking=False: to(self, device=f"cuda:{index}", non_blocking=non_blocking),
     type=lambda self, dtype: to(self, dtype), type_as=lambda self, other: to(self, other.dtype),
     is_floating_point=lambda self: self.dtype.is_floating_point, element_size=lambda self: self.dtype.itemsize,
     nbytes=property(lambda self: self.numel() * self.dtype.itemsize),

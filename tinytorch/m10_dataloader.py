@@ -29,6 +29,8 @@ from tinytorch.m02_tensor import Tensor, float64, randn, stack, tensor, uint8, z
 from tinytorch.m02_tensor_appendix import (
     arange,
     as_tensor,
+    cuda_is_available,
+    pin_memory,
     rand,
     randint,
     randperm,
@@ -585,7 +587,7 @@ class DataLoader:
         sampler, batch_sampler: give the numbers of the examples, or lists of them, in the place of shuffle and size.
         num_workers: how many threads make batches ahead; with 0 they are made when they are asked for.
         collate_fn: makes a batch of a list of examples; without it, `get_batch` or `collate` does.
-        pin_memory: without effect: CuPy copies by way of page-locked memory of its own.
+        pin_memory: hand batches out in page-locked memory, where there is CUDA: see `Tensor.pin_memory`.
         drop_last: leave out a last batch that is not full.
         timeout: seconds to wait for a batch before giving up; 0 waits for ever.
         worker_init_fn: called with each worker's number, in it, before its first batch.
@@ -669,7 +671,7 @@ class DataLoader:
         crew = self._idle or (Crew(self, recipe) if self.num_workers else None)
         self._idle = None
         tasks, pending = islice(self._tasks(epoch), first, None), deque[Future]()
-        done = False
+        done, pins = False, self.pin_memory and cuda_is_available()
         try:
             while True:
                 start = time.perf_counter()
@@ -685,7 +687,7 @@ class DataLoader:
                     self.batch += batch is not End
                 if batch is End:
                     break
-                yield batch
+                yield pin_memory(batch) if pins else batch
                 del batch
             done = True
         finally:

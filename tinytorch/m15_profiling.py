@@ -24,7 +24,7 @@ from pathlib import Path
 from types import CodeType, FrameType
 from typing import Any
 
-from tinytorch.backends import BY_TYPE, get_backend
+from tinytorch.backends import BY_TYPE, backend_of, get_backend
 from tinytorch.kernels import compiled, load, prange
 from tinytorch.m01_setup import assert_close, print_table, printed, run_module
 from tinytorch.m02_tensor import Op, observe, ones, randn, tensor
@@ -633,8 +633,8 @@ def layer_path(network: Module, name: str, part: Module) -> str:
 
 def device_timer(arrays: list) -> Callable | None:
     """For arrays of a device that works on its own: what, called after an operation, gives a way to its seconds."""
-    xp: Any = next(filter(None, map(BY_TYPE.get, map(type, arrays))), None)
-    before = None if xp is None else xp.mark()
+    array = next((x for x in arrays if type(x) in BY_TYPE), None)
+    before = None if array is None else (xp := backend_of(array)).mark()
     return None if before is None else lambda: partial(xp.seconds_between, before, xp.mark())
 
 

@@ -16,6 +16,9 @@ from typing import Any
 import numpy as np
 
 current = [0]
+compute_types: dict[int, tuple] = {}
+page_locked: set[int] = set()  # addresses
+waited: list[bool] = []  # for each copy to a device, whether it was waited for
 devices_entered: list[int] = []
 synchronized: list[int] = []
 
@@ -125,8 +128,8 @@ def _operators() -> None:
 class Device:
     """A CUDA device, and the context in which it is the current one."""
 
-    def __init__(self, index: int) -> None:
-        self.id = index
+    def __init__(self, index: int | None = None) -> None:
+        self.id = current[0] if index is None else index
 
     def __enter__(self) -> Device:
         devices_entered.append(self.id)
@@ -136,8 +139,66 @@ class Device:
     def __exit__(self, *_: Any) -> None:
         current[0] = self.before
 
+    def use(self) -> None:
+        current[0] = self.id
+
     def synchronize(self) -> None:
         synchronized.append(self.id)
+
+
+class Stream:
+    """A queue, which here does everything at once."""
+
+    def __init__(self, non_blocking: bool = False) -> None:
+        self.device, self.non_blocking, self.waited_for = current[0], non_blocking, list[Any]()
+
+    def __enter__(self) -> Stream:
+        streams.append(self)
+        return self
+
+    def __exit__(self, *_: Any) -> None:
+        streams.remove(self)
+
+    def synchronize(self) -> None:
+        synchronized.append(self.device)
+
+    def wait_event(self, event: Event) -> None:
+        self.waited_for.append(event)
+
+    def record(self, event: Event | None = None) -> Event:
+        event = event or Event()
+        event.record(self)
+        return event
+
+    done = True
+
+
+streams: list[Stream] = []
+
+
+class Pool:
+    """What CuPy keeps of a device's memory, or of page-locked memory. `room`: what the device has left."""
+
+    room = 1 << 40
+    used, held = 1024, 4096
+
+    def malloc(self, size: int) -> int:
+        if size > Pool.room:
+            raise OutOfMemoryError(size)
+        return size
+
+    def used_bytes(self) -> int:
+        return self.used
+
+    def total_bytes(self) -> int:
+        return self.held
+
+    def free_all_blocks(self) -> None:
+        self.held = self.used
+
+
+class OutOfMemoryError(MemoryError):
+    pass
 
 
 class Event:
@@ -145,7 +206,9 @@ class Event:
 
     recorded = 0
 
-    def record(self) -> None:
+    done = True
+
+    def record(self, stream: Stream | None = None) -> None:
         Event.recorded += 1
         self.milliseconds, self.device = 3 * Event.recorded, current[0]
 
@@ -165,6 +228,12 @@ class Generator:
             setattr(self, name, lifted(getattr(self.inner, name)))
 
 
+def empty_pinned(shape: tuple, dtype: Any) -> np.ndarray:
+    array = np.empty(shape, dtype)
+    page_locked.add(array.ctypes.data)
+    return array
+
+
 def modules(count: int | Exception = 2) -> dict[str, types.ModuleType]:
     """What `import cupy` and `import cupyx` bring, on a machine with so many devices."""
     cupy = types.ModuleType("cupy")
@@ -180,6 +249,7 @@ def modules(count: int | Exception = 2) -> dict[str, types.ModuleType]:
     cupy.dtype, cupy.generic, cupy.iinfo, cupy.finfo = np.dtype, np.generic, np.iinfo, np.finfo
 
     def asarray(x: Any, dtype: Any = None, order: Any = None, blocking: bool = False) -> ndarray:
+        waited.append(blocking)
         if isinstance(x, ndarray) and dtype in (None, x.dtype):
             return x
         return ndarray(np.array(x._values if isinstance(x, ndarray) else x, dtype=dtype))  # a copy to the device
@@ -196,16 +266,26 @@ def modules(count: int | Exception = 2) -> dict[str, types.ModuleType]:
         stride_tricks=types.SimpleNamespace(sliding_window_view=lifted(np.lib.stride_tricks.sliding_window_view))
     )
     cupy.random = types.SimpleNamespace(Generator=Generator, Philox4x3210=Philox4x3210)
-    cupy.get_default_memory_pool = lambda: types.SimpleNamespace(total_bytes=lambda: 4096)
+    pools, pinned_pool = [Pool(), Pool()], Pool()
+    cupy.get_default_memory_pool = lambda: pools[current[0]]
+    cupy.get_default_pinned_memory_pool = lambda: pinned_pool
+    cupy._core = types.SimpleNamespace(set_compute_type=lambda *kind: compute_types.update({current[0]: kind}))
     cupy.cuda = types.ModuleType("cupy.cuda")
-    cupy.cuda.Device, cupy.cuda.Event = Device, Event
+    cupy.cuda.Device, cupy.cuda.Event, cupy.cuda.Stream = Device, Event, Stream
+    cupy.cuda.memory = types.SimpleNamespace(OutOfMemoryError=OutOfMemoryError)
+    allocators = [pools[0].malloc]
+    cupy.cuda.get_allocator, cupy.cuda.set_allocator = lambda: allocators[-1], allocators.append
     cupy.cuda.get_elapsed_time = lambda start, end: end.milliseconds - start.milliseconds
-    cupy.cuda.runtime = types.SimpleNamespace(getDeviceCount=lambda: _count(count))
+    cupy.cuda.runtime = types.SimpleNamespace(
+        getDeviceCount=lambda: _count(count), CUDARuntimeError=RuntimeError, memGetInfo=lambda: (3 * 10**9, 8 * 10**9),
+        pointerGetAttributes=lambda address: types.SimpleNamespace(type=int(address in page_locked)),
+        getDeviceProperties=lambda index: {"name": b"Stand-in %d" % index, "major": 9, "minor": 0},
+    )  # fmt: skip
     cupy.__version__ = "14.0"
     special = types.ModuleType("cupyx.scipy.special")
     special.erf = lifted(np.vectorize(math.erf, otypes=[np.float64]))
     cupyx, scipy = types.ModuleType("cupyx"), types.ModuleType("cupyx.scipy")
-    cupyx.scipy, scipy.special = scipy, special
+    cupyx.scipy, scipy.special, cupyx.empty_pinned = scipy, special, empty_pinned
     return {"cupy": cupy, "cupy.cuda": cupy.cuda, "cupyx": cupyx, "cupyx.scipy": scipy, "cupyx.scipy.special": special}
 
 
@@ -224,7 +304,8 @@ def installed(count: int | Exception = 2) -> Iterator[None]:
     from tinytorch import backends
 
     here = modules(count)
-    types_before, devices_before = dict(backends.BY_TYPE), dict(backends.BY_DEVICE)
+    tables = backends.BY_TYPE, backends.SURE, backends.BY_DEVICE
+    saved_tables = [dict(table) for table in tables]
     names = [*here, "tinytorch.backends.cupy"]
     compat = types.ModuleType("array_api_compat.cupy")
     saved = {name: sys.modules.pop(name, None) for name in (*names, "array_api_compat.cupy")}
@@ -241,9 +322,12 @@ def installed(count: int | Exception = 2) -> Iterator[None]:
 
     compat_before = array_api_compat.__dict__.get("cupy")
     array_api_compat.cupy = compat
+    current[0] = 0
+    compute_types.clear()
     try:
         yield
     finally:
+        current[0] = 0
         for name, module in saved.items():
             sys.modules.pop(name, None)
             if module is not None:
@@ -252,6 +336,6 @@ def installed(count: int | Exception = 2) -> Iterator[None]:
         if compat_before is not None:
             array_api_compat.cupy = compat_before
         backends.__dict__.pop("cupy", None)
-        for table, before in ((backends.BY_TYPE, types_before), (backends.BY_DEVICE, devices_before)):
+        for table, before in zip(tables, saved_tables, strict=True):
             table.clear()
             table.update(before)

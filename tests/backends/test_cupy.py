@@ -206,6 +206,153 @@ def test_training_on_it() -> None:
     np.testing.assert_allclose(x.grad.numpy(), 2 * np.array([1, 2]) + np.exp([1, 2]), rtol=1e-6)
 
 
+# -- several devices ---------------------------------------------------------------------------------------------------
+
+
+def test_each_operation_runs_on_the_device_of_its_inputs() -> None:
+    import tinytorch as t
+    from tinytorch.m02_tensor import observe
+
+    x, y = t.ones(3, device="cuda:1"), t.ones(3, device="cuda:0")
+    seen = []
+    with observe(lambda op, arrays, attributes, proceed: seen.append(fake_cupy.current[0]) or proceed()):
+        for z in (x, y, x):
+            assert (z + z.exp()).sum().device == z.device
+    assert seen == [1] * 3 + [0] * 3 + [1] * 3
+    with pytest.raises(TypeError, match=r"add: one input is on cuda:1 \(cupy\), another on cuda:0 \(cupy\)"):
+        x + y
+    assert t.tensor(x.data, device="cuda:1").device == t.as_tensor(x.data).device == "cuda:1"
+    assert t.tensor(x.data, device="cuda:0").device == "cuda:0"
+
+
+def test_one_device_is_found_at_once() -> None:
+    first = get_backend("cuda")
+    assert backends.SURE[first.array_type] is first
+    get_backend("cuda:1")
+    assert first.array_type not in backends.SURE
+
+
+def test_the_only_device_in_use_may_be_the_second() -> None:
+    import tinytorch as t
+
+    x = t.ones(2, device="cuda:1")
+    fake_cupy.current[0] = 0
+    assert (x + x).device == "cuda:1"
+    assert fake_cupy.current == [1]
+
+
+# -- what users of torch.cuda know -------------------------------------------------------------------------------------
+
+
+def test_the_pool_and_the_device(monkeypatch) -> None:
+    import tinytorch as t
+
+    library = types.ModuleType("pynvml")
+    library.nvmlInit = lambda: None
+    library.nvmlDeviceGetHandleByIndex = lambda index: index
+    library.nvmlDeviceGetMemoryInfo = lambda handle: types.SimpleNamespace(used=10 + handle, total=100)
+    monkeypatch.setitem(sys.modules, "pynvml", library)
+    assert (t.cuda.memory_allocated(), t.cuda.memory_reserved()) == (1024, 4096)
+    t.cuda.empty_cache()
+    assert t.cuda.memory_reserved() == 1024
+    assert t.cuda.memory_reserved("cuda:1") == 4096
+    assert t.cuda.mem_get_info("cuda:1") == (89, 100)
+    assert t.cuda.get_device_name(1 and "cuda:1") == "Stand-in 1"
+    assert get_backend("cpu").pool() == (0, 0)
+
+
+def test_events_and_streams() -> None:
+    import tinytorch as t
+
+    start, end = t.cuda.Event(enable_timing=True), t.cuda.Event(enable_timing=True)
+    with pytest.raises(ValueError, match="both events must have been recorded"):
+        start.elapsed_time(end)
+    start.record()
+    end.record()
+    assert start.elapsed_time(end) == pytest.approx(3)
+    assert end.query()
+    first, second = t.cuda.Stream(), t.cuda.Stream("cuda:1")
+    assert first.native.non_blocking
+    assert second.native.device == 1
+    with t.cuda.stream(first):
+        assert fake_cupy.streams == [first.native]
+        (t.ones(2, device="cuda") + 1).cpu()
+    assert fake_cupy.streams == []
+    second.wait_stream(first)
+    second.wait_event(end)
+    assert [type(event).__name__ for event in second.native.waited_for] == ["Event", "Event"]
+    assert second.native.waited_for[1] is end.mark
+    fake_cupy.synchronized.clear()
+    second.synchronize()
+    end.synchronize()
+    assert fake_cupy.synchronized == [1, 0]
+    end.record(first)
+    assert first.query()
+
+
+def test_page_locked_memory() -> None:
+    import tinytorch as t
+    from tinytorch.utils.data import DataLoader, TensorDataset
+
+    x = t.arange(6.0).reshape(2, 3)
+    locked = x.pin_memory()
+    assert locked.tolist() == x.tolist()
+    assert locked.device == "cpu"
+    fake_cupy.waited.clear()
+    assert x.to("cuda").cpu().tolist() == locked.to("cuda").cpu().tolist() == x.tolist()
+    locked.cuda(non_blocking=True)
+    assert fake_cupy.waited == [False, True, False]  # the first is copied to page-locked memory before
+    under_way = get_backend("cuda")._under_way
+    assert [source is locked.data for _, source in under_way] == [True]  # nothing else may get its memory before
+    locked.to("cuda", non_blocking=True)
+    assert len(get_backend("cuda")._under_way) == 1
+    batches = list(DataLoader(TensorDataset(x, t.arange(2)), batch_size=1, pin_memory=True))
+    for inputs, labels in batches:
+        assert {inputs.data.ctypes.data, labels.data.ctypes.data} <= fake_cupy.page_locked
+    kept = t.m02_tensor_appendix.pin_memory({"a": [x], "b": "text"})
+    assert kept["a"][0].data.ctypes.data in fake_cupy.page_locked
+    assert kept["b"] == "text"
+
+
+def test_precision_of_products() -> None:
+    import tinytorch as t
+
+    get_backend("cuda")
+    assert fake_cupy.compute_types == {0: (np.float32, 1)}  # as it is written
+    try:
+        t.set_float32_matmul_precision("high")
+        assert t.get_float32_matmul_precision() == "high"
+        get_backend("cuda:1")
+        assert fake_cupy.compute_types == {0: (np.float32, 7), 1: (np.float32, 7)}
+    finally:
+        t.set_float32_matmul_precision("highest")
+    assert fake_cupy.compute_types == {0: (np.float32, 1), 1: (np.float32, 1)}
+    with pytest.raises(ValueError, match="'highest', 'high' or 'medium', got 'fast'"):
+        t.set_float32_matmul_precision("fast")
+
+
+def test_a_full_device_is_one_clear_error(monkeypatch) -> None:
+    import cupy
+
+    import tinytorch as t
+
+    get_backend("cuda")
+    allocate = cupy.cuda.get_allocator()
+    assert allocate(1000) == 1000
+    monkeypatch.setattr(fake_cupy.Pool, "room", 10**6)
+    with pytest.raises(t.cuda.OutOfMemoryError, match=r"cuda:0 has no 5.0 MB .* of its 8,000 MB .* drivers? 5,000"):
+        allocate(5 * 10**6)
+    assert issubclass(t.cuda.OutOfMemoryError, RuntimeError)  # as PyTorch's is
+
+
+def test_bfloat16_where_there_is_a_type_for_it(monkeypatch) -> None:
+    library = types.ModuleType("ml_dtypes")
+    library.bfloat16 = np.float16  # what stands in for it
+    monkeypatch.setitem(sys.modules, "ml_dtypes", library)
+    with fake_cupy.installed():
+        assert get_backend("cuda").dtype("bfloat16") == np.float16
+
+
 # -- what is said where something is missing ---------------------------------------------------------------------------
 
 
