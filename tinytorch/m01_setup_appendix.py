@@ -201,8 +201,13 @@ def gpu_finding(library: Any, index: int) -> Finding:
     except library.NVMLError:  # GPUs that share the machine's memory do not tell
         return Finding(f"GPU {index}", "ok", detail)
     detail += f", {memory.total / 2**30:.1f} GiB, {memory.free / 2**30:.1f} GiB free"
-    if memory.free < memory.total / 10:
-        return Finding(f"GPU {index}", "warning", detail, "end the programs that nvidia-smi lists, or take another GPU")
+    busy = 0
+    with suppress(library.NVMLError):  # some virtual GPUs do not tell
+        busy = library.nvmlDeviceGetUtilizationRates(handle).gpu
+        detail += f", busy {busy} % of the time" if busy else ""
+    if memory.free < memory.total / 10 or busy > 50:
+        fix = f"end the programs that nvidia-smi lists, or take another GPU (device='cuda:{index + 1}')"
+        return Finding(f"GPU {index}", "warning", detail, fix)
     return Finding(f"GPU {index}", "ok", detail)
 
 
@@ -247,6 +252,19 @@ def cupy_finding(cupy: Any, driver: int) -> Finding:
             "CuPy", "error", detail, f"check CUDA_VISIBLE_DEVICES and nvidia-smi; reinstall: {cupy_command()}"
         )
     return Finding("CuPy", "ok", f"{detail}, {count} device{'s' if count > 1 else ''}")
+
+
+@check
+def check_kernels() -> list[Finding]:
+    """Whether Numba can compile a kernel for the device and run it there, where there is one."""
+    if not driver_cuda() or not isinstance(load("cupy", "CuPy", ""), ModuleType):
+        return []
+    try:
+        from tinytorch.kernels.cuda.jit import check
+
+        return [Finding("Numba for CUDA", "ok", check())]
+    except Exception as error:
+        return [Finding("Numba for CUDA", "error", f"a first kernel fails: {first_line(error)}", cupy_command())]
 
 
 def cupy_distributions() -> list[str]:

@@ -11,6 +11,8 @@ Literals are written as float32(0.5): 0.5 is a float64, and draws the arithmetic
 
 from __future__ import annotations
 
+import importlib.metadata
+import importlib.util
 import os
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -22,6 +24,8 @@ from typing import Any
 os.environ.setdefault("NUMBA_CUDA_ARRAY_INTERFACE_SYNC", "0")
 os.environ.setdefault("NUMBA_CUDA_LOW_OCCUPANCY_WARNINGS", "0")  # small inputs are no mistake
 
+import numba
+import numpy as np
 from numba import cuda
 
 try:
@@ -31,7 +35,17 @@ except ImportError:
 
 from tinytorch.kernels.cpu.jit import cached_in
 
-__all__ = ["SIMULATED", "THREADS", "blocks_for", "helper", "instead_of_launches", "kernel", "row_by_row", "run"]
+__all__ = [
+    "SIMULATED",
+    "THREADS",
+    "blocks_for",
+    "check",
+    "helper",
+    "instead_of_launches",
+    "kernel",
+    "row_by_row",
+    "run",
+]
 
 SOURCES = Path(__file__).parent
 SIMULATED = bool(config.ENABLE_CUDASIM)
@@ -93,3 +107,19 @@ def row_by_row(array: Any) -> Any:
     """The array itself if it lies row by row, as kernels are compiled for; else a copy."""
     writeable = getattr(array.flags, "writeable", True)  # NumPy's are copied back, too; CuPy's always are writeable
     return array if array.flags.c_contiguous and writeable else array.copy()
+
+
+def count_up(out):
+    i = cuda.grid(1)
+    if i < out.size:
+        out[i] = i
+
+
+def check() -> str:
+    """Run a kernel on the device and look at what it wrote; which Numba compiled it. Any exception: it cannot be."""
+    out = np.zeros(2 * THREADS + 1, np.int32)
+    kernel(count_up)[blocks_for(len(out)), THREADS](out)
+    if (out != np.arange(len(out))).any():
+        raise RuntimeError(f"a kernel that counts to {len(out)} wrote {out}")
+    own = importlib.util.find_spec("numba_cuda") is not None
+    return f"numba-cuda {importlib.metadata.version('numba-cuda')}" if own else f"Numba {numba.__version__}"

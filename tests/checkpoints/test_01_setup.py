@@ -197,6 +197,11 @@ class FakeNvml(types.ModuleType):
         self.nvmlDeviceGetCudaComputeCapability = lambda handle: (9, 0)
         self.nvmlDeviceGetName = lambda handle: "H200"
 
+    def nvmlDeviceGetUtilizationRates(self, handle: int) -> types.SimpleNamespace:
+        return types.SimpleNamespace(gpu=self.busy[handle])
+
+    busy = (0, 3)
+
     def nvmlDeviceGetMemoryInfo(self, handle: int) -> types.SimpleNamespace:
         return types.SimpleNamespace(total=100 * 2**30, free=(90, 1)[handle] * 2**30)
 
@@ -213,6 +218,29 @@ def test_each_gpu_is_reported_with_its_memory(monkeypatch) -> None:
     assert found["GPU 0"].status == "ok"
     assert found["GPU 0"].detail == "H200, compute capability 9.0, 100.0 GiB, 90.0 GiB free"
     assert found["GPU 1"].status == "warning"
+    assert found["GPU 1"].detail.endswith("1.0 GiB free, busy 3 % of the time")
+    library = FakeNvml()
+    library.busy = (97, 0)
+    assert gpu_findings(monkeypatch, library)["GPU 0"].status == "warning"
+
+
+def test_kernels_are_looked_at_where_there_is_a_device(monkeypatch) -> None:
+    assert m01_setup_appendix.check_kernels() == []
+    from tinytorch.kernels.cuda import jit
+
+    monkeypatch.setattr(m01_setup_appendix, "driver_cuda", lambda: 12080)
+    monkeypatch.setitem(sys.modules, "cupy", types.ModuleType("cupy"))
+    sys.modules["cupy"].__spec__ = types.SimpleNamespace()  # type: ignore[assignment]
+    monkeypatch.setattr(jit, "check", lambda: "numba-cuda 1.0")
+    assert m01_setup_appendix.check_kernels() == [Finding("Numba for CUDA", "ok", "numba-cuda 1.0")]
+
+    def fail() -> str:
+        raise RuntimeError("no compiler\nat all")
+
+    monkeypatch.setattr(jit, "check", fail)
+    (found,) = m01_setup_appendix.check_kernels()
+    assert (found.status, found.detail) == ("error", "a first kernel fails: no compiler")
+    assert "cuda12" in found.fix
 
 
 @pytest.mark.parametrize(("cuda", "count", "status"), [(11080, 1, "error"), (12080, 0, "warning")])
