@@ -67,6 +67,21 @@ def tests_gpu(session: nox.Session) -> None:
     pytest(session, "--ignore=tests/reference", "-m", "device or gpu", devices="cuda")
 
 
+@nox.session(name="tests-sim")
+def tests_sim(session: nox.Session) -> None:
+    """The CUDA kernels in Numba's simulator, where a thread of Python runs for each of the device's."""
+    install(session, "test")
+    session.run("python", "-m", "pytest", "tests/kernels", *session.posargs,
+                env={"NUMBA_ENABLE_CUDASIM": "1", "TINYTORCH_TEST_KERNELS": "cuda"})  # fmt: skip
+
+
+@nox.session(name="tests-ptx")
+def tests_ptx(session: nox.Session) -> None:
+    """The CUDA kernels through NVIDIA's compiler, which takes no GPU: registers, spills, float64 by mistake."""
+    install(session, "test", "ptx")
+    session.run("python", "-m", "pytest", "tests/kernels/test_ptx.py", *session.posargs)
+
+
 @nox.session(name="tests-torch")
 def tests_torch(session: nox.Session) -> None:
     """The tests of operations with PyTorch's tensors as the array library."""
@@ -135,6 +150,13 @@ def milestones(session: nox.Session) -> None:
                         silent=True, log=False)  # fmt: skip
     for name in str(names).split():
         session.run("tinytorch", "milestone", "run", name, *session.posargs)
+
+
+@nox.session
+def notebook(session: nox.Session) -> None:
+    """Make milestones/colab.ipynb of milestones/colab.py."""
+    install(session, "test")
+    session.run("python", "-m", "tests.milestones.notebook")
 
 
 @nox.session
