@@ -22,6 +22,7 @@ from tinytorch.backends.generic import GenericBackend
 from tinytorch.backends.numpy import NumpyBackend
 
 __all__ = [
+    "ARRAY_TYPES",
     "BY_TYPE",
     "DTYPE_KINDS",
     "SURE",
@@ -48,8 +49,9 @@ NUMPY = NumpyBackend()
 BY_TYPE: dict[type, Backend] = {np.ndarray: NUMPY}
 BY_TYPE.update({type(np.zeros((), native)[()]): NUMPY for native in NUMPY.names})
 BY_DEVICE: dict[str, Backend] = {"cpu": NUMPY, "numpy": NUMPY}
+ARRAY_TYPES: set[type] = {np.ndarray}  # without the scalars
 
-# The same without CuPy's arrays where there are several devices: each of them has to be asked where it lies.
+# BY_TYPE without CuPy's arrays where there are several devices: each of them has to be asked where it lies.
 SURE: dict[type, Backend] = dict(BY_TYPE)
 
 _seed = 0
@@ -73,6 +75,7 @@ def backend_of(array: Any) -> Backend:
     name = type(array).__module__.partition(".")[0]
     backend = _add(name, GenericBackend(name, namespace, array))
     BY_TYPE[type(array)] = SURE[type(array)] = backend
+    ARRAY_TYPES.add(type(array))
     return backend
 
 
@@ -126,6 +129,7 @@ def _cuda(name: str) -> Backend:
     if int(number) == 0:
         BY_DEVICE["cuda"] = backend
     BY_TYPE[backend.array_type] = backend
+    ARRAY_TYPES.add(backend.array_type)
     if [device for device in BY_DEVICE if device.startswith("cuda:")] == ["cuda:0"]:
         SURE[backend.array_type] = backend
     else:

@@ -1,4 +1,5 @@
-"""Speed beside PyTorch, and beside `tokenizers`: `python -m tinytorch.profiling.bench`, or `nox -s bench`.
+"""Speed beside PyTorch, and beside `tokenizers`: `python -m tinytorch.profiling.bench`, or `nox -s bench`; with
+`--device cuda` on a GPU, which takes a PyTorch for CUDA.
 
 Each case is one small program that runs on either library, because the names are the same. Every measurement is made in
 a process of its own, ours and PyTorch's in turn, so that a machine that slows down slows both. A round's figure is a
@@ -37,6 +38,8 @@ class Case:
     seconds, ratio: what our figure must not exceed: seconds, or a multiple of PyTorch's figure.
     memory: whether the figure is not the time of the call but the bytes that it takes at its peak.
     one_thread: whether NumPy and kernels may use one thread only.
+    device: where both compute.
+    precision: how both multiply float32 there: "highest", as it is written, or "high", in TF32.
     """
 
     name: str
@@ -47,6 +50,8 @@ class Case:
     memory: bool = False
     reference: str = "torch"
     one_thread: bool = False
+    device: str = "cpu"
+    precision: str = "highest"
 
 
 def small_op(requires_grad: bool) -> Callable[[Any], Callable[[], Any]]:
@@ -180,6 +185,28 @@ def resnet_8(library: Any) -> Any:
             return self.fc(self.blocks(F.relu(self.bn(self.conv(x)))).mean((2, 3)))
 
     return ResNet()
+
+
+def resnet_9(library: Any) -> Any:
+    """The ResNet-9 of DAWNBench's entries for CIFAR-10 (Page, "How to train your ResNet", 2018), by PyTorch's names."""
+    nn, _ = parts_of(library)
+    library.manual_seed(0)
+
+    def layer(before: int, width: int) -> Any:
+        return nn.Sequential(nn.Conv2d(before, width, 3, padding=1, bias=False), nn.BatchNorm2d(width), nn.ReLU())
+
+    class Residual(nn.Module):  # type: ignore[name-defined]
+        def __init__(self, width: int) -> None:
+            super().__init__()
+            self.inner = nn.Sequential(layer(width, width), layer(width, width))
+
+        def forward(self, x: Any) -> Any:
+            return x + self.inner(x)
+
+    return nn.Sequential(
+        layer(3, 64), layer(64, 128), nn.MaxPool2d(2), Residual(128), layer(128, 256), nn.MaxPool2d(2),
+        layer(256, 512), nn.MaxPool2d(2), Residual(512), nn.MaxPool2d(4), nn.Flatten(), nn.Linear(512, 10),
+    )  # fmt: skip
 
 
 def picture_step(network: Callable[[Any], Any], batch: int) -> Callable[[Any], Callable[[], Any]]:
@@ -371,6 +398,18 @@ def integer_product(library: Any) -> Callable[[], Any]:
     return lambda: int8_matmul(backend, a, packed)
 
 
+SLOWEST = 1 / 0.7  # on a GPU, beside PyTorch
+ON_A_GPU = tuple(
+    Case(f"{name}, {'TF32' if precision == 'high' else 'float32'}", build, device="cuda", precision=precision, **facts)
+    for precision in ("highest", "high")
+    for name, build, facts in (
+        ("SimpleCNN step, batch 256", picture_step(simple_cnn, 256), {"ratio": SLOWEST}),
+        ("ResNet-9 step, batch 512", picture_step(resnet_9, 512), {"ratio": SLOWEST}),
+        ("GPT step, 6 layers, 384 wide, T 256, batch 64", gpt_step(6, 6, 384, 256, 64), {"ratio": SLOWEST}),
+        ("GPT writing, 4 layers, 128 wide, a token, batch 1", gpt_writing(1), {"ratio": SLOWEST, "calls": WRITTEN}),
+        ("GPT writing, 4 layers, 128 wide, a token, batch 64", gpt_writing(64), {"ratio": SLOWEST, "calls": WRITTEN}),
+    )
+)
 CASES = (
     Case("x + x, 4 elements", small_op(requires_grad=False), calls=100, seconds=1.5e-6),
     Case("x + x, recorded", small_op(requires_grad=True), calls=100),
@@ -399,6 +438,7 @@ CASES = (
     Case("BPE training, 1 MB to 4,096 tokens", bpe_training, seconds=10.0, reference="tokenizers"),
     Case("BPE encoding, 1 MB", bpe_encoding, seconds=1.0, reference="tokenizers"),
     Case("import", lambda library: lambda: None, seconds=0.1),  # measured by IMPORT_PROGRAM
+    *ON_A_GPU,
 )
 IMPORT_PROGRAM = "import time; start = time.perf_counter(); import {}; print(time.perf_counter() - start)"
 
@@ -436,12 +476,12 @@ def kilobytes(field: str) -> int:
         return int(dict(line.split(":", 1) for line in status)[field].split()[0])
 
 
-def measure(library: str, case: str) -> float:
-    """The figure of a case on a library, seconds or bytes, measured in a new process."""
+def measure(library: str, case: str, budget: float = 1.0) -> float:
+    """The figure of a case on a library, seconds or bytes, measured for `budget` seconds in a new process."""
     environment = {name: value for name, value in os.environ.items() if name not in SLOWING} | ONE_CORE
     if any(known.one_thread for known in CASES if known.name == case):
         environment |= ONE_THREAD
-    command = [sys.executable, "-m", "tinytorch.profiling.bench", "--measure", library, case]
+    command = [sys.executable, "-m", "tinytorch.profiling.bench", "--measure", library, case, "--budget", str(budget)]
     if case == "import":
         command = [sys.executable, "-c", IMPORT_PROGRAM.format(library)]
     run = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
@@ -450,17 +490,32 @@ def measure(library: str, case: str) -> float:
     return float(run.stdout)
 
 
-def measure_here(library: str, name: str) -> float:
+def measure_here(library_name: str, name: str, budget: float = 1.0) -> float:
     """The same, in this process."""
-    case = next(case for case in CASES if case.name == name)
+    case, library = next(case for case in CASES if case.name == name), importlib.import_module(library_name)
     if case.memory:
-        return bytes_of(case.build(importlib.import_module(library)))
-    return time_of(case.build(importlib.import_module(library))) / case.calls
+        return bytes_of(case.build(library))
+    if case.device == "cpu":
+        return time_of(case.build(library), budget) / case.calls
+    library.set_default_device(case.device)
+    library.set_float32_matmul_precision(case.precision)
+    if library_name == "torch":  # its convolutions go by a switch of their own, which is on from the start
+        library.backends.cudnn.allow_tf32 = case.precision == "high"
+    call = case.build(library)
+
+    def waited_for() -> None:
+        call()
+        library.cuda.synchronize()
+
+    return time_of(waited_for, budget) / case.calls
 
 
-def compare(case: Case, rounds: int, reference: str | None) -> dict[str, Any]:
+def compare(case: Case, rounds: int, reference: str | None, budget: float = 1.0) -> dict[str, Any]:
     """Our time, the reference's and their ratio, in turn over the rounds; and whether the limit holds."""
-    pairs = [(measure("tinytorch", case.name), reference and measure(reference, case.name)) for _ in range(rounds)]
+    pairs = [
+        (measure("tinytorch", case.name, budget), reference and measure(reference, case.name, budget))
+        for _ in range(rounds)
+    ]
     ours = min(mine for mine, _ in pairs)
     theirs = min(other for _, other in pairs if other) if reference else None
     ratio = statistics.median(mine / other for mine, other in pairs if other) if reference else None
@@ -502,31 +557,40 @@ def main(argv: list[str] | None = None) -> int:
     )
     parser.add_argument("--rounds", type=int, default=5, help="measurements of each case on each library (5)")
     parser.add_argument("--only", default="", metavar="TEXT", help="only cases with this text in their name")
+    parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu", help="which cases: those of cpu (default)")
+    parser.add_argument("--budget", type=float, default=1.0, metavar="SECONDS", help="for each measurement (1)")
     parser.add_argument("--json", action="store_true", help="print the figures as JSON")
     parser.add_argument("--measure", nargs=2, metavar=("LIBRARY", "CASE"), help=argparse.SUPPRESS)
     options = parser.parse_args(argv)
     if options.rounds < 1:
         parser.error(f"--rounds: expected at least 1, got {options.rounds}")
+    if not options.budget > 0:
+        parser.error(f"--budget: expected more than 0 seconds, got {options.budget}")
     if options.measure:
-        print(measure_here(*options.measure))
+        print(measure_here(*options.measure, options.budget))
         return 0
-    measurable = [case for case in CASES if not case.memory or os.path.exists(CLEAR_REFS)]
+    of_device = [case for case in CASES if case.device == options.device]
+    measurable = [case for case in of_device if not case.memory or os.path.exists(CLEAR_REFS)]
     chosen = [case for case in measurable if options.only.lower() in case.name.lower()]
     if not chosen:
-        parser.error(f"--only: no case has {options.only!r} in its name; they are {[case.name for case in CASES]}")
-    rows = with_progress(chosen, options.rounds, quiet=options.json)
+        parser.error(f"--only: no case has {options.only!r} in its name; they are {[case.name for case in of_device]}")
+    if options.device == "cuda":
+        from tinytorch import cuda  # an error, if there is none
+
+        print(f"on {cuda.get_device_name()}", file=sys.stderr)
+    rows = with_progress(chosen, options.rounds, options.budget, quiet=options.json)
     report(rows, as_json=options.json)
     return 0 if all(row["within"] in (True, None) for row in rows) else 1
 
 
-def with_progress(cases: list[Case], rounds: int, quiet: bool) -> list[dict[str, Any]]:
+def with_progress(cases: list[Case], rounds: int, budget: float, quiet: bool) -> list[dict[str, Any]]:
     from rich.console import Console
     from rich.progress import track
 
     console = Console(stderr=True, quiet=quiet)
     here = {case.reference for case in cases if importlib.util.find_spec(case.reference)}
     return [
-        compare(case, rounds, case.reference if case.reference in here else None)
+        compare(case, rounds, case.reference if case.reference in here else None, budget)
         for case in track(cases, "measuring", console=console)
     ]
 

@@ -7,6 +7,7 @@ kernel is not made for, and what is too small to be worth its call, goes to the 
 
 from __future__ import annotations
 
+import importlib
 import math
 import time
 from collections.abc import Callable
@@ -14,7 +15,7 @@ from functools import partial
 from typing import Any
 from weakref import WeakKeyDictionary
 
-from tinytorch.backends import get_backend
+from tinytorch.backends import ARRAY_TYPES, backend_of, get_backend
 from tinytorch.kernels import load
 from tinytorch.kernels.cpu.layouts import layout
 from tinytorch.m02_tensor import Tensor, exp, matmul, op, randn, zeros
@@ -95,9 +96,9 @@ ARRAY: Any = get_backend("cpu").array_type
 
 
 def single(*arrays: Any) -> bool:
-    """Whether all are NumPy arrays of float32; None, an input that is left out, does not count."""
+    """Whether all are arrays of float32; None, an input that is left out, does not count."""
     for x in arrays:  # noqa: SIM110 - a third of the time of all(…)
-        if x is not None and (type(x) is not ARRAY or x.dtype.char != "f"):
+        if x is not None and (type(x) not in ARRAY_TYPES or x.dtype.char != "f"):
             return False
     return True
 
@@ -106,7 +107,7 @@ def from_size(least: int) -> Callable[..., bool]:
     """A condition: float32 everywhere, and the first input has at least so many elements."""
 
     def when(first: Any, *others: Any, **attributes: Any) -> bool:
-        return type(first) is ARRAY and first.size >= least and single(first, *others)
+        return type(first) in ARRAY_TYPES and first.size >= least and single(first, *others)
 
     return when
 
@@ -166,7 +167,7 @@ def normalizes_back(g: Any, x: Any, weight: Any, *statistics: Any, dims: tuple, 
 
 def of_last_axis(least: int) -> Callable[..., bool]:
     def when(x: Any, *, dim: int) -> bool:
-        return type(x) is ARRAY and x.size >= least and x.dtype.char == "f" and dim in (-1, x.ndim - 1)
+        return type(x) in ARRAY_TYPES and x.size >= least and x.dtype.char == "f" and dim in (-1, x.ndim - 1)
 
     return when
 
@@ -180,7 +181,7 @@ def classifies_back(scale: Any, probabilities: Any, targets: Any) -> bool:
 
 
 def gathers(values: Any, x: Any, largest: Any, *, windows: Windows) -> bool:
-    return type(values) is ARRAY and values.dtype.char in "fl" and single(x, largest)
+    return type(values) in ARRAY_TYPES and values.dtype.char in "fl" and single(x, largest)
 
 
 def sums_channels(x: Any, *, dim: Any = None, keepdim: bool = False) -> bool:
@@ -261,7 +262,7 @@ def turns(x: Any, cos: Any, sin: Any) -> bool:
 
 # -- the table ---------------------------------------------------------------------------------------------------------
 
-CPU = "tinytorch.kernels.cpu"
+CPU, CUDA = "tinytorch.kernels.cpu", "tinytorch.kernels.cuda"
 FLOATS = "float32"
 SEVERAL, SEVERAL_TEXT = 2048, "float32, from 2,048 elements"
 PLACES_TEXT = f"float32, pictures with {FEWEST_PLACES} windows or more"
@@ -318,6 +319,7 @@ for _operation, _place, _when, _why in (
 
 # -- optimizers --------------------------------------------------------------------------------------------------------
 
+UPDATES = {"numpy": f"{CPU}.optimizers", "cupy": f"{CUDA}.optimizers"}
 LAID_OUT: WeakKeyDictionary[Optimizer, dict[int, Any]] = WeakKeyDictionary()  # by optimizer and group: where arrays lie
 
 
@@ -327,9 +329,8 @@ def at_once(name: str) -> Callable:
     def update(optimizer: Any, group: dict[str, Any], parameters: list[Tensor]) -> list[Tensor]:
         if not kernels_enabled() or not parameters or not single(parameters[0].data):
             return parameters
-        from tinytorch.kernels.cpu import optimizers as kernels
-
-        xp, others = get_backend("cpu"), []
+        xp, others = backend_of(parameters[0].data), []
+        kernels: Any = importlib.import_module(UPDATES[xp.name])
         arrays, grads, recalled = list[Any](), list[Any](), list[tuple]()
         for p in parameters:
             array, grad, state = p.data, p.grad.data, optimizer.state[p]
@@ -430,9 +431,11 @@ def example(kernel: Kernel, count: int) -> tuple[tuple, dict[str, Any]]:
 def warm_up(kernel: Kernel) -> dict[str, Any]:
     """Call a kernel, for one core and for all of them, so that both are compiled; how long that took."""
     start, function = time.perf_counter(), load(kernel.place)
+    xp = get_backend("cuda" if kernel.backend == "cupy" else "cpu")
     for count in (1, 2, 512, 513):
         inputs, attributes = example(kernel, count)
-        function(get_backend("cpu"), *inputs, **attributes)
+        function(xp, *(xp.from_numpy(x) if type(x) is ARRAY else x for x in inputs), **attributes)
+    xp.synchronize()
     return {"kernel": kernel.place.removeprefix("tinytorch.kernels."), "seconds": time.perf_counter() - start}
 
 

@@ -304,8 +304,8 @@ def installed(count: int | Exception = 2) -> Iterator[None]:
     from tinytorch import backends
 
     here = modules(count)
-    tables = backends.BY_TYPE, backends.SURE, backends.BY_DEVICE
-    saved_tables = [dict(table) for table in tables]
+    tables: tuple[Any, ...] = (backends.BY_TYPE, backends.SURE, backends.BY_DEVICE, backends.ARRAY_TYPES)
+    saved_tables = [table.copy() for table in tables]
     names = [*here, "tinytorch.backends.cupy"]
     compat = types.ModuleType("array_api_compat.cupy")
     saved = {name: sys.modules.pop(name, None) for name in (*names, "array_api_compat.cupy")}
