@@ -18,15 +18,13 @@ def address(array: Any) -> int:
     return array.ctypes.data if isinstance(array, np.ndarray) else array.data.ptr
 
 
-if SIMULATED:
+if SIMULATED:  # whose kernels call any function
     import ctypes
 
-    @helper
     def floats(address, count):
         """The `count` float32 at an address. Here that is the host's memory, and an index too large is an error."""
         return np.frombuffer((ctypes.c_float * int(count)).from_address(int(address)), np.float32)
 
-    @helper
     def dot4(total, a, b):
         """total + the four products of two int32's bytes, each with a sign, modulo 2³²."""
         for shift in (0, 8, 16, 24):
@@ -34,7 +32,6 @@ if SIMULATED:
             total += left * right
         return total
 
-    @helper
     def product(a, b):
         """a · b as a float32, whatever is added to it."""
         return a * b
