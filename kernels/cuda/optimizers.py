@@ -82,7 +82,7 @@ FLOAT32 = np.dtype(np.float32)
 def fits(parameter: Any, gradient: Any, *remembered: Any) -> bool:
     """Whether the kernels can update a parameter: all arrays are on the device, of float32, as many, lying row by row.
 
-    NumPy's are where the simulator finds them, and no device.
+    NumPy's lie where the simulator can read them, and no device can.
     """
     kind, size = type(parameter), gradient.size
     if kind is np.ndarray and not SIMULATED:
@@ -90,7 +90,9 @@ def fits(parameter: Any, gradient: Any, *remembered: Any) -> bool:
     if type(gradient) is not kind or gradient.dtype is not FLOAT32 or gradient.shape != parameter.shape:
         return False
     for x in (parameter, *remembered):
-        if type(x) is not kind or x.dtype is not FLOAT32 or x.size != size or row_by_row(x) is not x:
+        if type(x) is not kind or x.dtype is not FLOAT32 or x.size != size or not x.flags.c_contiguous:
+            return False
+        if not getattr(x.flags, "writeable", True):  # CuPy's arrays always are
             return False
     return True
 

@@ -89,12 +89,14 @@ def write(out, m, n, total, sums, x_scale, x_zero, w_scale, bias, relu, out_scal
     """Write a sum to out (M, N): as it is, or x_scale · w_scale · (total - x_zero · sums) + bias, as float32 or, with
     an out_scale, rounded to int8.
 
-    x_scale, x_zero: of each row, or of all. w_scale, bias: of each column, or of all. Unused ones are None.
+    x_scale, x_zero: of each row, or of all. w_scale, bias: of each column, or of all. What is left out is None.
     """
     if x_scale is None:
         out[m, n] = total
     else:
-        centred = int64(total) - int64(one_of(x_zero, m)) * int64(sums[n])
+        centred = int64(total)
+        if x_zero is not None:
+            centred -= int64(one_of(x_zero, m)) * int64(sums[n])
         value = product(float32(centred), one_of(x_scale, m) * one_of(w_scale, n))
         if bias is not None:
             value += one_of(bias, n)
@@ -222,9 +224,10 @@ def int8_linear(
     """The operation of module 17. Without `packed`, the weight is packed at each call."""
     packed = packed or pack(weight)
     N, rows = packed.shape[0], x if x.ndim == 2 else xp.reshape(x, (math.prod(x.shape[:-1]), x.shape[-1]))
+    centred = isinstance(x_zero_point, int) and x_zero_point == 0  # as rows are that were rounded by their own scales
     scaling = (
         row_of(xp, "x_scale", x_scale, len(rows), "float32"),
-        row_of(xp, "x_zero_point", x_zero_point, len(rows), "int32"),
+        None if centred else row_of(xp, "x_zero_point", x_zero_point, len(rows), "int32"),
         row_of(xp, "weight_scale", weight_scale, N, "float32"),
         None if bias is None else row_of(xp, "bias", bias, N, "float32"),
         relu,

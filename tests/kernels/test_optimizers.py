@@ -283,6 +283,18 @@ def test_one_launch_for_all_and_nothing_copied_twice(monkeypatch: pytest.MonkeyP
     pair.check()
 
 
+@cuda_only
+def test_parameters_that_share_memory_have_launches_of_their_own(monkeypatch: pytest.MonkeyPatch) -> None:
+    launched, memory = list[int](), XP.zeros((40,), dtype="float32")
+    monkeypatch.setattr(optimizers, "run", lambda kernel, blocks, *others: launched.append(blocks))
+    optimizers.sgd(optimizers.Places(), [memory[:20], memory[20:]], [memory[:20]] * 2, [None] * 2, [0, 0], PLAIN)
+    assert launched == [2]
+    optimizers.sgd(
+        optimizers.Places(), [memory[:21], memory[20:]], [memory[:21], memory[20:]], [None] * 2, [0, 0], PLAIN
+    )
+    assert launched == [2, 1, 1]
+
+
 @pytest.mark.skipif(SIMULATED or not find_spec("numba_cuda"), reason="needs numba-cuda, and no simulator")
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
 def test_compiled_for_devices(architecture: tuple[int, int]) -> None:

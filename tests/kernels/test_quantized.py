@@ -277,9 +277,11 @@ def test_errors_say_what_would_be_right() -> None:
 
 @pytest.mark.skipif(SIMULATED or not find_spec("numba_cuda"), reason="needs numba-cuda, and no simulator")
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
-@pytest.mark.parametrize(("rows", "name"), [(3, "multiply_few_rows"), (100, "multiply_by_tiles")])
+@pytest.mark.parametrize(
+    ("rows", "name", "zero"), [(3, "multiply_few_rows", 0), (3, "multiply_few_rows", 7), (100, "multiply_by_tiles", 7)]
+)
 def test_compiled_for_devices(
-    architecture: tuple[int, int], rows: int, name: str, monkeypatch: pytest.MonkeyPatch
+    architecture: tuple[int, int], rows: int, name: str, zero: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     device = SimpleNamespace(compute_capability=architecture)  # which helpers are compiled for
     monkeypatch.setattr("numba.cuda.dispatcher.get_current_device", lambda: device)
@@ -289,7 +291,7 @@ def test_compiled_for_devices(
     for case in ((), (None,), (np.ones(90, "float32"),), (None, one, 3), (np.ones(90, "float32"), one, 3)):
         with instead_of_launches(compiled := Compiled(architecture)):
             if case:
-                of["int8_linear"](XP, a, one, 0, weight, one, *case, relu=True, packed=packed)
+                of["int8_linear"](XP, a, one, zero, weight, one, *case, relu=True, packed=packed)
             else:
                 of["int8_matmul"](XP, a, packed)
         listing = compiled.kernels[name]
