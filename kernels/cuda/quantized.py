@@ -27,7 +27,8 @@ TILE = SIDE * EACH
 DEPTH = SIDE  # words of a tile's rows: those of one row are 64 bytes, which memory gives at once
 PITCH = TILE + 2  # of a tile's columns in shared memory: threads that write neighbouring depths hit different banks
 
-FEW = 4  # rows that are too few for tiles
+FEW = 4  # rows of a block where there are too few for tiles
+FEWEST = 16  # rows from which on there are tiles
 LANES = 4 if SIMULATED else 32  # threads that share an output
 OUTPUTS = 2 if SIMULATED else 8  # of a block, of FEW rows each
 MAGIC = float32(3 << 22)  # 1.5 · 2²³: a float32 near it has no bits behind the point
@@ -201,15 +202,13 @@ def multiply_few_rows(a, b, out, sums, x_scale, x_zero, w_scale, bias, relu, out
     cuda.syncthreads()
     if x < FEW and first + x < out.shape[0] and n < out.shape[1]:
         total = int32(0)
-        for k in range(LANES):
+        for k in range(LANES):  # each thread begins elsewhere: with a bank of its own
             total += shared[y, x, (k + x) % LANES]
         rounding = rounding_of(out_scale, out_zero)
         write(out, first + x, n, total, sums, x_scale, x_zero, w_scale, bias, relu, out_scale, rounding)
 
 
 # -- entry points ------------------------------------------------------------------------------------------------------
-
-FEWEST = 16  # rows from which on there are tiles
 
 
 def int8_matmul(xp: Any, a: Any, packed: Packed) -> Any:
@@ -230,7 +229,7 @@ def int8_linear(
         None if centred else row_of(xp, "x_zero_point", x_zero_point, len(rows), "int32"),
         row_of(xp, "weight_scale", weight_scale, N, "float32"),
         None if bias is None else row_of(xp, "bias", bias, N, "float32"),
-        relu,
+        bool(relu),
         None if out_scale is None else row_of(xp, "out_scale", out_scale, 1, "float32"),
         None if out_scale is None else row_of(xp, "out_zero_point", out_zero_point, 1, "int32"),
     )
@@ -252,13 +251,12 @@ def multiply(xp: Any, name: str, a: Any, packed: Packed, dtype: str, *scaling: A
     if str(a.dtype) != "int8" or a.ndim != 2 or a.shape[1] != K:
         shape = tuple(a.shape)
         raise ValueError(f"{name}: expected int8 (M, {K}) for a weight {packed.shape}, got {a.dtype} {shape}")
-    M, out = len(a), xp.empty((len(a), N), dtype=dtype)
-    if M * N:
-        few = M < FEWEST
-        by, threads, tile = (
-            (multiply_few_rows, (LANES, OUTPUTS), (FEW, OUTPUTS)) if few else
-            (multiply_by_tiles, (SIDE, SIDE), (TILE, TILE))
-        )  # fmt: skip
-        blocks = -(-M // tile[0]) * -(-N // tile[1])
-        run(by, blocks, threads, words_of(xp, a), packed.words, out, packed.sums, *scaling)
+    M = len(a)
+    out, words = xp.empty((M, N), dtype=dtype), words_of(xp, a)
+    if M < FEWEST:
+        blocks = -(-M // FEW) * -(-N // OUTPUTS)
+        run(multiply_few_rows, blocks, (LANES, OUTPUTS), words, packed.words, out, packed.sums, *scaling)
+    else:
+        blocks = -(-M // TILE) * -(-N // TILE)
+        run(multiply_by_tiles, blocks, (SIDE, SIDE), words, packed.words, out, packed.sums, *scaling)
     return out
