@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from importlib.util import find_spec
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -9,14 +11,22 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from tests.kernels.compiled import ARCHITECTURES, Compiled
 from tests.kernels.guarded import guarded, guarded_empty
+from tests.kernels.place import SIMULATED, WHERE, cpu_only, drawn, kernels
 from tinytorch.backends import get_backend
-from tinytorch.kernels.cpu import quantized
-from tinytorch.kernels.cpu.quantized import COLUMNS, DEPTHS, ROWS, Packed, int8_matmul, pack
+from tinytorch.kernels import load
+from tinytorch.kernels.cpu.quantized import COLUMNS, DEPTHS, ROWS, Packed
+from tinytorch.kernels.cuda.jit import instead_of_launches
 from tinytorch.m17_quantization import int8_linear as operation
 
 XP = get_backend("cpu")
+quantized = kernels("quantized")
+int8_matmul, pack = quantized.int8_matmul, quantized.pack
+cuda_only = pytest.mark.skipif(WHERE != "cuda", reason="a matter of the kernels for CUDA")
 SIZES = st.one_of(st.integers(0, 2 * COLUMNS + 1), st.sampled_from([0, 1, 2, 3, 4, 5, 6, 7, 63, 64, 65, 127, 128, 129]))
+if SIMULATED:  # where tiles have 16 rows and columns, and 16 depths
+    SIZES = st.one_of(st.integers(0, 20), st.sampled_from([0, 1, 15, 16, 17, 31, 33]))
 
 
 def bytes_of(random: np.random.Generator, *shape: int) -> np.ndarray:
@@ -49,6 +59,7 @@ def near(ours: np.ndarray, exact: np.ndarray) -> None:
     np.testing.assert_allclose(ours, exact, rtol=1e-6, atol=1e-6 * np.abs(exact).max(initial=1e-30))
 
 
+@drawn(100)
 @given(M=SIZES, N=SIZES, K=SIZES, seed=st.integers(0, 2**32 - 1))
 def test_products_are_exact(M: int, N: int, K: int, seed: int) -> None:
     random = np.random.default_rng(seed)
@@ -58,6 +69,7 @@ def test_products_are_exact(M: int, N: int, K: int, seed: int) -> None:
     np.testing.assert_array_equal(ours, product(a, weight))
 
 
+@drawn(100)
 @given(
     M=SIZES, N=SIZES, K=SIZES, seed=st.integers(0, 2**32 - 1), each=st.tuples(*[st.booleans()] * 3),
     has_bias=st.booleans(), zeros=st.sampled_from([(0, 1), (-128, 128), (0, 256)]),
@@ -80,6 +92,7 @@ def test_the_two_lines_that_it_stands_for() -> None:
     np.testing.assert_array_equal(int8_linear(a, 0.5, weight, 0.25, bias, 3), expected)
 
 
+@drawn(100)
 @given(
     M=SIZES, N=SIZES, K=SIZES, seed=st.integers(0, 2**32 - 1), each=st.booleans(), has_bias=st.booleans(),
     relu=st.booleans(), rounds=st.booleans(),
@@ -102,12 +115,13 @@ def test_the_operation_gives_the_same_bits(
 @pytest.mark.parametrize("value", [-128, -127, 127])
 @pytest.mark.parametrize("other", [-128, 127])
 def test_the_longest_sums(value: int, other: int) -> None:
-    K = 2**17 - 1
+    K = 1023 if SIMULATED else 2**17 - 1
     a, weight = np.full((2, K), value, np.int8), np.full((3, K), other, np.int8)
     assert (int8_matmul(XP, a, pack(weight)) == value * other * K).all()
     near(int8_linear(a, 1.0, weight, 1.0, None, value), np.zeros((2, 3)))
 
 
+@cpu_only
 def test_more_rows_than_a_strip_has(monkeypatch: pytest.MonkeyPatch) -> None:
     random = np.random.default_rng(1)
     for M, N, K in ((25, COLUMNS + 1, 20_000), (3000, 2, 40), (500, 3 * COLUMNS, 700)):
@@ -120,6 +134,7 @@ def test_more_rows_than_a_strip_has(monkeypatch: pytest.MonkeyPatch) -> None:
             near(int8_linear(a, scale, weight, 2.0, None, zero), linear(a, scale, weight, 2.0, None, zero))
 
 
+@cpu_only
 def test_threads_change_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
     random = np.random.default_rng(2)
     a, weight = bytes_of(random, 200, 300), bytes_of(random, 150, 300)
@@ -136,16 +151,47 @@ def test_threads_change_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_any_layout() -> None:
     random = np.random.default_rng(3)
-    a, weight = bytes_of(random, 30, 20), bytes_of(random, 50, 20)
+    M, N = (6, 5) if SIMULATED else (30, 50)
+    a, weight = bytes_of(random, M, 20), bytes_of(random, N, 20)
     frozen = a.copy()
     frozen.flags.writeable = False
     every_second = np.repeat(weight, 2, axis=0)[::2]
     for x in (a, np.asfortranarray(a), frozen, np.repeat(a, 2, axis=1)[:, ::2]):
         for w in (weight, np.asfortranarray(weight), every_second):
             np.testing.assert_array_equal(int8_matmul(XP, x, pack(w)), product(a, weight))
-    same = np.broadcast_to(a[:1], (30, 20))
-    scale = np.broadcast_to(np.float32(0.5), 30)
+    same = np.broadcast_to(a[:1], (M, 20))
+    scale = np.broadcast_to(np.float32(0.5), M)
     near(int8_linear(same, scale, weight, 1.0), linear(same, scale, weight, 1.0))
+
+
+@cuda_only
+@pytest.mark.parametrize("M", [1, 15, 16, 17, 33])  # few rows, and tiles
+def test_rows_and_columns_at_the_edges_of_tiles(M: int) -> None:
+    random = np.random.default_rng(6)
+    for N, K in ((1, 1), (17, 15), (3, 65)):
+        a, weight = bytes_of(random, M, K), bytes_of(random, N, K)
+        a_scale, w_scale = (random.uniform(0.1, 1, n).astype("float32") for n in (M, N))
+        zero, bias = random.integers(-128, 128, M), random.normal(size=N).astype("float32")
+        near(
+            int8_linear(a, a_scale, weight, w_scale, bias, zero), linear(a, a_scale, weight, w_scale, bias, zero)
+        )  # fmt: skip
+
+
+@cuda_only
+def test_rows_of_whole_words_are_read_where_they_lie() -> None:
+    memory = np.arange(97, dtype=np.int8)
+    weight, shifted, odd = memory[:96].reshape(12, 8), memory[1:].reshape(12, 8), memory[:96].reshape(32, 3)
+    assert np.shares_memory(pack(weight).words, weight)
+    for other in (shifted, odd):  # words begin at every fourth byte
+        assert not np.shares_memory(pack(other).words, other)
+    for other in (weight, shifted, odd):
+        np.testing.assert_array_equal(int8_matmul(XP, other, pack(other)), product(other, other))
+
+
+def test_rows_on_more_axes() -> None:
+    random = np.random.default_rng(7)
+    a, weight, scale = bytes_of(random, 2, 3, 12), bytes_of(random, 5, 12), np.float32([[1, 2, 3], [4, 5, 6]])
+    near(int8_linear(a, scale, weight, 0.5), 0.5 * scale[..., None] * product(a, weight))
 
 
 def test_scales_that_are_not_finite_show() -> None:
@@ -157,6 +203,7 @@ def test_scales_that_are_not_finite_show() -> None:
 # -- protected pages ---------------------------------------------------------------------------------------------------
 
 
+@cpu_only
 @pytest.mark.parametrize("end", [True, False])
 def test_nothing_is_touched_outside_of_the_arrays(end: bool) -> None:
     random = np.random.default_rng(4)
@@ -187,6 +234,7 @@ def test_nothing_is_touched_outside_of_the_arrays(end: bool) -> None:
                                 np.testing.assert_array_equal(out.view(np.int32), product(a, weight))
 
 
+@cpu_only
 @pytest.mark.parametrize("end", [True, False])
 @pytest.mark.parametrize("count", range(1, ROWS + 1))
 def test_a_tile_touches_its_rows_only(count: int, end: bool) -> None:
@@ -222,3 +270,35 @@ def test_errors_say_what_would_be_right() -> None:
         int8_linear(a, np.ones(4, "float32"), weight, 1.0)
     with pytest.raises(ValueError, match=r"x_zero_point has shape \(0,\)"):
         int8_linear(a, 1.0, weight, 1.0, None, np.ones(0, "int32"))
+
+
+# -- for devices -------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.skipif(SIMULATED or not find_spec("numba_cuda"), reason="needs numba-cuda, and no simulator")
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+@pytest.mark.parametrize(
+    ("rows", "name", "zero"), [(3, "multiply_few_rows", 0), (3, "multiply_few_rows", 7), (100, "multiply_by_tiles", 7)]
+)
+def test_compiled_for_devices(
+    architecture: tuple[int, int], rows: int, name: str, zero: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    device = SimpleNamespace(compute_capability=architecture)  # which helpers are compiled for
+    monkeypatch.setattr("numba.cuda.dispatcher.get_current_device", lambda: device)
+    of = {each: load(f"tinytorch.kernels.cuda.quantized:{each}") for each in ("int8_matmul", "int8_linear", "pack")}
+    a, weight, one = np.ones((rows, 40), np.int8), np.ones((90, 40), np.int8), np.float32(1)
+    packed = of["pack"](weight)
+    for case in ((), (None,), (np.ones(90, "float32"), one, 3)):
+        with instead_of_launches(compiled := Compiled(architecture)):
+            if case:
+                of["int8_linear"](XP, a, one, zero, weight, one, *case, relu=True, packed=packed)
+            else:
+                of["int8_matmul"](XP, a, packed)
+        listing = compiled.kernels[name]
+        assert listing.ptx.count("dp4a.s32.s32") >= (64 if rows > 16 else 4)
+        assert listing.doubles == []
+        assert ".local" not in listing.ptx  # totals are in registers
+        machine = listing.assembled(architecture)
+        assert machine.spilled == 0
+        assert machine.registers <= 80
+        assert machine.shared <= 12 << 10
