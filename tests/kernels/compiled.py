@@ -7,15 +7,25 @@ compiled.kernels["convolve"].doubles  # lines of machine-independent code that c
 
 from __future__ import annotations
 
+import os
 import re
 import shutil
 import subprocess
 import sys
 import tempfile
 from dataclasses import dataclass, field
+from importlib.util import find_spec
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
+from unittest.mock import patch
 
+import pytest
+
+needs_compiler = pytest.mark.skipif(
+    find_spec("numba_cuda") is None or os.environ.get("NUMBA_ENABLE_CUDASIM", "0") != "0",
+    reason="needs NVIDIA's compiler (nox -s tests-ptx), and no simulator",
+)
 ARCHITECTURES = ((7, 5), (8, 0), (9, 0))  # Turing, which Colab's T4 is; Ampere; Hopper
 
 
@@ -37,6 +47,11 @@ class Listing:
     @property
     def doubles(self) -> list[str]:
         return [line.strip() for line in self.ptx.splitlines() if re.search(r"\.f64", line)]
+
+    @property
+    def keeps_arrays(self) -> bool:
+        """Whether a thread keeps an array in memory of its own, which is not in registers."""
+        return ".local" in self.ptx
 
     def assembled(self, architecture: tuple[int, int] = (8, 0)) -> Machine:
         """What NVIDIA's assembler says of it."""
@@ -76,6 +91,8 @@ class Compiled:
         from numba import cuda, typeof
 
         name, signature = kernel.py_func.__name__, tuple(map(typeof, arguments))
-        ptx, _ = cuda.compile_ptx(kernel.py_func, signature, cc=self.architecture)
+        device = SimpleNamespace(compute_capability=self.architecture)  # which helpers are compiled for
+        with patch("numba.cuda.dispatcher.get_current_device", lambda: device):
+            ptx, _ = cuda.compile_ptx(kernel.py_func, signature, cc=self.architecture)
         self.kernels[name] = Listing(ptx)
         self.launches.append((name, blocks, threads))

@@ -13,7 +13,9 @@ from hypothesis import settings
 
 WHERE = os.environ.get("TINYTORCH_TEST_KERNELS", "cpu")
 SIMULATED = WHERE == "cuda" and os.environ.get("NUMBA_ENABLE_CUDASIM", "0") != "0"
+ON_DEVICE = WHERE == "cuda" and not SIMULATED
 cpu_only = pytest.mark.skipif(WHERE != "cpu", reason="a matter of the kernels for CPUs")
+cuda_only = pytest.mark.skipif(WHERE != "cuda", reason="a matter of the kernels for CUDA")
 
 
 def kernels(name: str) -> Any:

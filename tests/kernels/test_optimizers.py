@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-from importlib.util import find_spec
 from types import SimpleNamespace
 from typing import Any
 
@@ -12,9 +11,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from tests.kernels.compiled import ARCHITECTURES, Compiled
+from tests.kernels.compiled import ARCHITECTURES, Compiled, needs_compiler
 from tests.kernels.guarded import guarded
-from tests.kernels.place import SIMULATED, WHERE, cpu_only, drawn, kernels
+from tests.kernels.place import ON_DEVICE, SIMULATED, WHERE, cpu_only, cuda_only, drawn, kernels
 from tinytorch.backends import get_backend
 from tinytorch.kernels import load
 from tinytorch.kernels.cuda.jit import instead_of_launches
@@ -22,9 +21,7 @@ from tinytorch.m02_tensor import Tensor, tensor
 from tinytorch.m07_optimizers import SGD, Adam, AdamW, Optimizer
 
 optimizers = kernels("optimizers")
-ON_DEVICE = WHERE == "cuda" and not SIMULATED  # where the addresses of NumPy's arrays mean nothing
-XP = get_backend("cuda" if ON_DEVICE else "cpu")
-cuda_only = pytest.mark.skipif(WHERE != "cuda", reason="a matter of the kernels for CUDA")
+XP = get_backend("cuda" if ON_DEVICE else "cpu")  # where addresses of NumPy's arrays mean something
 
 CASES: list[tuple[type[Optimizer], dict[str, Any]]] = [
     (SGD, {"lr": 0.1}),
@@ -295,7 +292,7 @@ def test_parameters_that_share_memory_have_launches_of_their_own(monkeypatch: py
     assert launched == [2, 1, 1]
 
 
-@pytest.mark.skipif(SIMULATED or not find_spec("numba_cuda"), reason="needs numba-cuda, and no simulator")
+@needs_compiler
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
 def test_compiled_for_devices(architecture: tuple[int, int]) -> None:
     made, x = load("tinytorch.kernels.cuda.optimizers:Places"), [np.zeros((9, 9), "float32"), np.zeros(3, "float32")]

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from importlib.util import find_spec
-from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -11,9 +9,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from tests.kernels.compiled import ARCHITECTURES, Compiled
+from tests.kernels.compiled import ARCHITECTURES, Compiled, needs_compiler
 from tests.kernels.guarded import guarded, guarded_empty
-from tests.kernels.place import SIMULATED, WHERE, cpu_only, drawn, kernels
+from tests.kernels.place import SIMULATED, cpu_only, cuda_only, drawn, kernels
 from tinytorch.backends import get_backend
 from tinytorch.kernels import load
 from tinytorch.kernels.cpu.quantized import COLUMNS, DEPTHS, ROWS, Packed
@@ -23,7 +21,6 @@ from tinytorch.m17_quantization import int8_linear as operation
 XP = get_backend("cpu")
 quantized = kernels("quantized")
 int8_matmul, pack = quantized.int8_matmul, quantized.pack
-cuda_only = pytest.mark.skipif(WHERE != "cuda", reason="a matter of the kernels for CUDA")
 SIZES = st.one_of(st.integers(0, 2 * COLUMNS + 1), st.sampled_from([0, 1, 2, 3, 4, 5, 6, 7, 63, 64, 65, 127, 128, 129]))
 if SIMULATED:  # where tiles have 16 rows and columns, and 16 depths
     SIZES = st.one_of(st.integers(0, 20), st.sampled_from([0, 1, 15, 16, 17, 31, 33]))
@@ -275,16 +272,12 @@ def test_errors_say_what_would_be_right() -> None:
 # -- for devices -------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.skipif(SIMULATED or not find_spec("numba_cuda"), reason="needs numba-cuda, and no simulator")
+@needs_compiler
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
 @pytest.mark.parametrize(
     ("rows", "name", "zero"), [(3, "multiply_few_rows", 0), (3, "multiply_few_rows", 7), (100, "multiply_by_tiles", 7)]
 )
-def test_compiled_for_devices(
-    architecture: tuple[int, int], rows: int, name: str, zero: int, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    device = SimpleNamespace(compute_capability=architecture)  # which helpers are compiled for
-    monkeypatch.setattr("numba.cuda.dispatcher.get_current_device", lambda: device)
+def test_compiled_for_devices(architecture: tuple[int, int], rows: int, name: str, zero: int) -> None:
     of = {each: load(f"tinytorch.kernels.cuda.quantized:{each}") for each in ("int8_matmul", "int8_linear", "pack")}
     a, weight, one = np.ones((rows, 40), np.int8), np.ones((90, 40), np.int8), np.float32(1)
     packed = of["pack"](weight)
@@ -297,7 +290,7 @@ def test_compiled_for_devices(
         listing = compiled.kernels[name]
         assert listing.ptx.count("dp4a.s32.s32") >= (64 if rows > 16 else 4)
         assert listing.doubles == []
-        assert ".local" not in listing.ptx  # totals are in registers
+        assert not listing.keeps_arrays  # totals are in registers
         machine = listing.assembled(architecture)
         assert machine.spilled == 0
         assert machine.registers <= 80
