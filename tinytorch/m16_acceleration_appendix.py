@@ -263,6 +263,7 @@ def turns(x: Any, cos: Any, sin: Any) -> bool:
 # -- the table ---------------------------------------------------------------------------------------------------------
 
 CPU, CUDA = "tinytorch.kernels.cpu", "tinytorch.kernels.cuda"
+FOLDERS = {"numpy": CPU, "cupy": CUDA}
 FLOATS = "float32"
 SEVERAL, SEVERAL_TEXT = 2048, "float32, from 2,048 elements"
 PLACES_TEXT = f"float32, pictures with {FEWEST_PLACES} windows or more"
@@ -319,7 +320,6 @@ for _operation, _place, _when, _why in (
 
 # -- optimizers --------------------------------------------------------------------------------------------------------
 
-UPDATES = {"numpy": f"{CPU}.optimizers", "cupy": f"{CUDA}.optimizers"}
 LAID_OUT: WeakKeyDictionary[Optimizer, dict[int, Any]] = WeakKeyDictionary()  # by optimizer and group: where arrays lie
 
 
@@ -327,14 +327,16 @@ def at_once(name: str) -> Callable:
     """For `Optimizer.together`: updates all parameters of a group that the kernel of that name can, in one launch."""
 
     def update(optimizer: Any, group: dict[str, Any], parameters: list[Tensor]) -> list[Tensor]:
-        if not kernels_enabled() or not parameters or not single(parameters[0].data):
+        if not kernels_enabled() or not parameters or backend_of(parameters[0].data).name not in FOLDERS:
             return parameters
         xp, others = backend_of(parameters[0].data), []
-        kernels: Any = importlib.import_module(UPDATES[xp.name])
+        kernels: Any = importlib.import_module(f"{FOLDERS[xp.name]}.optimizers")
         arrays, grads, recalled = list[Any](), list[Any](), list[tuple]()
         for p in parameters:
             array, grad, state = p.data, p.grad.data, optimizer.state[p]
-            if kernels.fits(array, grad, *[x.data for x in state.values() if type(x) is Tensor]):
+            if backend_of(array) is xp and kernels.fits(
+                array, grad, *[x.data for x in state.values() if type(x) is Tensor]
+            ):
                 arrays.append(array)
                 grads.append(grad)
                 recalled.append(optimizer.recall(xp, array, state, group))

@@ -16,6 +16,7 @@ from collections.abc import Callable
 from functools import partial
 from typing import Any
 
+from tinytorch.backends import ARRAY_TYPES, backend_of
 from tinytorch.kernels import load
 from tinytorch.m01_setup import assert_close, manual_seed, message_of, print_table, run_module, seconds
 from tinytorch.m02_tensor import (
@@ -54,7 +55,7 @@ from tinytorch.m09_spatial import (
 )
 from tinytorch.m12_embeddings import Embedding, LearnedPositions, check_ids, positions_of
 from tinytorch.m16_acceleration import attach, kernels_enabled, reference_kernels
-from tinytorch.m16_acceleration_appendix import ARRAY, single
+from tinytorch.m16_acceleration_appendix import CPU, CUDA, FOLDERS, single
 
 # %% [markdown]
 # ## Mathematical foundations
@@ -308,8 +309,8 @@ def test_each_row_has_its_own_steps() -> None:
 
 # %%
 def whole(x: Any) -> bool:
-    """Whether this is a NumPy array of int8."""
-    return type(x) is ARRAY and x.dtype.char == "b"
+    """Whether this is an array of int8."""
+    return type(x) in ARRAY_TYPES and getattr(x.dtype, "char", "") == "b"
 
 
 def rounds(x: Any, scale: Any, zero_point: Any, *, dim: Any = None, low: int = -128, high: int = 127) -> bool:
@@ -334,7 +335,7 @@ def linear_example(count: int) -> tuple[tuple, dict[str, Any]]:
     return (bytes_like(16 * count, 64), tensor(0.1).data, 3, bytes_like(100, 64), scales, bias), {}
 
 
-CPU, PACKERS = "tinytorch.kernels.cpu", dict[Op, Callable[[Any], Any]]()
+PACKERS = dict[Op, Callable[[Any], Any]]()
 for _operation, _place, _when, _why, _example in (
     (quantize, "rounding:quantize", rounds, "float32, one scale, from 1,024 elements",
      lambda count: ((randn(count, 1024).data, tensor(0.02).data, 3), {})),
@@ -345,12 +346,20 @@ for _operation, _place, _when, _why, _example in (
     attach(_operation, "numpy", f"{CPU}.{_place}", _when, _why, _example)
 
 
-def packer(place: str) -> Callable[[Any], Any]:
+attach(int8_linear, "cupy", f"{CUDA}.quantized:int8_linear", multiplies, "int8, float32 scales", linear_example)
+
+
+def packer(place: str, *backends: str) -> Callable[[Any], Any]:
     """Lays a weight out for a kernel, where kernels run; None elsewhere."""
-    return lambda array: load(f"{CPU}.{place}")(array) if kernels_enabled() and whole(array) else None
+
+    def pack(array: Any) -> Any:
+        known = (name := backend_of(array).name) in backends and whole(array) and kernels_enabled()
+        return load(f"{FOLDERS[name]}.{place}")(array) if known else None
+
+    return pack
 
 
-PACKERS[int8_linear] = packer("quantized:pack")
+PACKERS[int8_linear] = packer("quantized:pack", "numpy", "cupy")
 
 
 def test_a_kernel_gives_the_same_bits() -> None:

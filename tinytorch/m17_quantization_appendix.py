@@ -19,9 +19,8 @@ from tinytorch.m09_spatial import BatchNorm, Conv2d, Windows, lay_windows, layer
 from tinytorch.m12_embeddings import Embedding, LearnedPositions
 from tinytorch.m15_profiling import count, flop_formula
 from tinytorch.m16_acceleration import attach
-from tinytorch.m16_acceleration_appendix import single
+from tinytorch.m16_acceleration_appendix import CPU, single
 from tinytorch.m17_quantization import (
-    CPU,
     PACKERS,
     QuantizedConv2d,
     QuantizedEmbedding,
@@ -238,4 +237,4 @@ for _operation, _place, _when, _why, _example in (
     attach(_operation, "numpy", f"{CPU}.{_place}", _when, _why, _example)
 
 
-PACKERS[int8_convolution] = packer("quantized_convolution:pack_filters")
+PACKERS[int8_convolution] = packer("quantized_convolution:pack_filters", "numpy")

@@ -6,6 +6,7 @@ from __future__ import annotations
 
 import importlib
 import os
+import sys
 from typing import Any
 
 import pytest
@@ -13,6 +14,8 @@ from hypothesis import settings
 
 WHERE = os.environ.get("TINYTORCH_TEST_KERNELS", "cpu")
 SIMULATED = WHERE == "cuda" and os.environ.get("NUMBA_ENABLE_CUDASIM", "0") != "0"
+if SIMULATED:  # whose threads are Python's, and wait for each other all the time
+    sys.setswitchinterval(1e-4)
 ON_DEVICE = WHERE == "cuda" and not SIMULATED
 cpu_only = pytest.mark.skipif(WHERE != "cpu", reason="a matter of the kernels for CPUs")
 cuda_only = pytest.mark.skipif(WHERE != "cuda", reason="a matter of the kernels for CUDA")
