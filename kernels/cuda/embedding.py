@@ -1,0 +1,98 @@
+"""The gradient of an embedding: the rows that arrive, each added to the row of its id.
+
+Threads that add to one place would have to do it one after the other, in an order that nobody knows beforehand, and
+each order rounds in its own way. A block for each row of the table that looks for its id would read all ids 50,000
+times. So the ids are sorted first, which for 4,096 of them is a few dozen microseconds on the device, and rows that
+belong together are neighbours: a thread adds PIECE of them up, of one feature, and writes down each sum that is
+complete. Where an id goes on in the next pieces, the thread of its first piece takes their sums to its own, in order,
+in a second launch. So it matters little how large the table is, or how unevenly its rows are used.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import numpy as np
+from numba import cuda, float32
+
+from tinytorch.kernels.cuda.jit import THREADS, blocks_for, kernel, row_by_row, run
+
+__all__ = ["embedding_weight_gradient"]
+
+PIECE = 32  # rows that a thread adds up
+WIDE = THREADS // 8  # features that a block has at once; of pieces it has eight, or more where there are fewer features
+
+
+@kernel
+def add_pieces(g, order, ids, padding, out, heads):
+    """out (V, C): to row ids[k], row order[k] of g (n, C) is added, up to the end of a piece of the sorted ids (n,).
+
+    Args:
+        padding: a row that nothing is added to, or -1.
+        heads: (pieces, C), the sum of the rows at a piece's begin whose id another piece has begun.
+    """
+    piece = cuda.blockIdx.x * cuda.blockDim.y + cuda.threadIdx.y
+    feature = cuda.blockIdx.y * cuda.blockDim.x + cuda.threadIdx.x
+    first = piece * PIECE
+    if first >= ids.size or feature >= g.shape[1]:
+        return
+    last = min(first + PIECE, ids.size)
+    begun = first > 0 and ids[first - 1] == ids[first]
+    total = float32(0)
+    for k in range(first, last):
+        total += g[order[k], feature]
+        if k + 1 == last or ids[k + 1] != ids[k]:
+            if begun:
+                heads[piece, feature] = total
+            elif ids[k] != padding:
+                out[ids[k], feature] = total
+            begun, total = False, float32(0)
+
+
+@kernel
+def join_pieces(ids, padding, heads, out):
+    """Where a piece begins an id that goes on in the next ones, their heads are added to its row of out."""
+    piece = cuda.blockIdx.x * cuda.blockDim.y + cuda.threadIdx.y
+    feature = cuda.blockIdx.y * cuda.blockDim.x + cuda.threadIdx.x
+    first, last = piece * PIECE, (piece + 1) * PIECE
+    if last >= ids.size or feature >= out.shape[1]:
+        return
+    row = ids[last - 1]
+    begun = first > 0 and ids[first - 1] == row  # then the whole piece is a part of what another one began
+    if begun or row == padding or ids[last] != row:
+        return
+    total = out[row, feature]
+    while last < ids.size and ids[last] == row:
+        piece += 1
+        total += heads[piece, feature]
+        last += PIECE
+    out[row, feature] = total
+
+
+def embedding_weight_gradient(
+    xp: Any, g: Any, ids: Any, *, rows: int, padding_idx: int | None = None, scale_grad_by_freq: bool = False
+) -> Any:
+    """g (…, C), each of its rows added to row `ids` (…) of zeros (rows, C): the twin of module 12's.
+
+    Ids are counted modulo `rows`, as CuPy counts them where it looks rows up: nothing is refused here, because the host
+    does not wait for the device.
+    """
+    width, count = g.shape[-1], math.prod(ids.shape)
+    out = xp.zeros((rows, width), dtype="float32")  # what no id names is never touched
+    if not count * width:
+        return out
+    ids = xp.cast(xp.reshape(ids, (count,)), "int64") % rows
+    order = xp.argsort(ids, stable=True)  # in the order in which they came
+    ids = xp.take(ids, order)
+    padding, pieces = np.int64(-1 if padding_idx is None else padding_idx % rows), blocks_for(count, PIECE)
+    heads = xp.empty((pieces, width), dtype="float32")
+    across = min(1 << (width - 1).bit_length(), WIDE)
+    blocks, threads = (blocks_for(pieces, THREADS // across), blocks_for(width, across)), (across, THREADS // across)
+    run(add_pieces, blocks, threads, row_by_row(g).reshape(count, width), order, ids, padding, out, heads)
+    run(join_pieces, blocks, threads, ids, padding, heads, out)
+    if scale_grad_by_freq:
+        ends = xp.searchsorted(ids, xp.arange(rows + 1))
+        times = xp.cast(xp.maximum(ends[1:] - ends[:-1], 1), "float32")
+        out /= xp.expand_dims(times, axis=1)
+    return out
