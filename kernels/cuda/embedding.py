@@ -14,9 +14,9 @@ import math
 from typing import Any
 
 import numpy as np
-from numba import cuda, float32
+from numba import cuda, float32, int64, uint64
 
-from tinytorch.kernels.cuda.jit import THREADS, blocks_for, kernel, row_by_row, run
+from tinytorch.kernels.cuda.jit import THREADS, blocks_for, helper, kernel, row_by_row, run
 
 __all__ = ["embedding_weight_gradient"]
 
@@ -24,49 +24,58 @@ PIECE = 32  # rows that a thread adds up
 WIDE = THREADS // 8  # features that a block has at once; of pieces it has eight, or more where there are fewer features
 
 
+@helper
+def seat():
+    """A thread's piece and feature; unsigned, because then no index is asked whether it counts from the end."""
+    piece = uint64(cuda.blockIdx.x) * uint64(cuda.blockDim.y) + uint64(cuda.threadIdx.y)
+    return piece, uint64(cuda.blockIdx.y) * uint64(cuda.blockDim.x) + uint64(cuda.threadIdx.x)
+
+
 @kernel
 def add_pieces(g, order, ids, padding, out, heads):
-    """out (V, C): to row ids[k], row order[k] of g (n, C) is added, up to the end of a piece of the sorted ids (n,).
+    """To row ids[k] of out (V, C) row order[k] of g (n, C) is added, for the places k of each piece of the sorted ids.
 
     Args:
+        order, ids: (n,), where each row lies in g, and its id.
         padding: a row that nothing is added to, or -1.
         heads: (pieces, C), the sum of the rows at a piece's begin whose id another piece has begun.
     """
-    piece = cuda.blockIdx.x * cuda.blockDim.y + cuda.threadIdx.y
-    feature = cuda.blockIdx.y * cuda.blockDim.x + cuda.threadIdx.x
-    first = piece * PIECE
-    if first >= ids.size or feature >= g.shape[1]:
+    piece, feature = seat()
+    k = piece * uint64(PIECE)
+    if k >= uint64(ids.size) or feature >= uint64(g.shape[1]):
         return
-    last = min(first + PIECE, ids.size)
-    begun = first > 0 and ids[first - 1] == ids[first]
-    total = float32(0)
-    for k in range(first, last):
+    end = min(k + uint64(PIECE), uint64(ids.size))
+    row, total = ids[k], float32(0)
+    begun = k > 0 and ids[k - uint64(1)] == row
+    while k < end:
         total += g[order[k], feature]
-        if k + 1 == last or ids[k + 1] != ids[k]:
+        k += uint64(1)
+        following = ids[k] if k < end else int64(-1)
+        if following != row:
             if begun:
                 heads[piece, feature] = total
-            elif ids[k] != padding:
-                out[ids[k], feature] = total
-            begun, total = False, float32(0)
+            elif row != padding:
+                out[row, feature] = total
+            begun, row, total = False, following, float32(0)
 
 
 @kernel
 def join_pieces(ids, padding, heads, out):
     """Where a piece begins an id that goes on in the next ones, their heads are added to its row of out."""
-    piece = cuda.blockIdx.x * cuda.blockDim.y + cuda.threadIdx.y
-    feature = cuda.blockIdx.y * cuda.blockDim.x + cuda.threadIdx.x
-    first, last = piece * PIECE, (piece + 1) * PIECE
-    if last >= ids.size or feature >= out.shape[1]:
+    piece, feature = seat()
+    first, end = piece * uint64(PIECE), (piece + uint64(1)) * uint64(PIECE)
+    if end >= uint64(ids.size) or feature >= uint64(out.shape[1]):
         return
-    row = ids[last - 1]
-    begun = first > 0 and ids[first - 1] == row  # then the whole piece is a part of what another one began
-    if begun or row == padding or ids[last] != row:
+    row = ids[end]
+    goes_on = ids[end - uint64(1)] == row
+    begun = first > 0 and ids[first - uint64(1)] == row  # then all of the piece is a part of what another one began
+    if begun or not goes_on or row == padding:
         return
     total = out[row, feature]
-    while last < ids.size and ids[last] == row:
-        piece += 1
+    while end < uint64(ids.size) and ids[end] == row:
+        piece += uint64(1)
         total += heads[piece, feature]
-        last += PIECE
+        end += uint64(PIECE)
     out[row, feature] = total
 
 

@@ -17,11 +17,11 @@ from functools import lru_cache
 from typing import Any
 
 import numpy as np
-from numba import cuda, float32
+from numba import cuda, float32, uint64
 
 from tinytorch.kernels.cpu.layouts import layout
 from tinytorch.kernels.cuda.jit import THREADS, blocks_for, helper, kernel, row_by_row, run
-from tinytorch.kernels.cuda.softmax import dealt
+from tinytorch.kernels.cuda.softmax import TAKEN, dealt
 
 __all__ = ["layout", "normalize", "normalize_gradients", "sum_over_all_but_channels", "sum_over_leading"]
 
@@ -32,17 +32,28 @@ MOST_BLOCKS = 4096  # for all parts of all channels
 
 
 @helper
+def seat():
+    """A thread's place in its block, along and down, and the block's size. Unsigned, for softmax's reasons."""
+    return uint64(cuda.threadIdx.x), uint64(cuda.threadIdx.y), uint64(cuda.blockDim.x), uint64(cuda.blockDim.y)
+
+
+@helper
 def add_up(sums, place, member, members):
     """Add up what threads have put into each row of sums (kinds, THREADS), where `members` of them, one after the
     other, belong together. Then place - member has the total of those around `place`."""
     cuda.syncthreads()
-    step = members // 2
-    while step > 0:
+    left = uint64(members)
+    while left > 1:  # an eighth of them take seven others' numbers to theirs
+        step = max(left // uint64(TAKEN), uint64(1))
         if member < step:
             for kind in range(sums.shape[0]):
-                sums[kind, place] += sums[kind, place + step]
+                total, other = sums[kind, place], step
+                while other < left:
+                    total += sums[kind, place + other]
+                    other += step
+                sums[kind, place] = total
         cuda.syncthreads()
-        step //= 2
+        left = step
 
 
 @helper
@@ -60,23 +71,27 @@ def normalize_rows(x, weight, bias, eps, out, mean, variance):
     """out = weight (x - mean) / sqrt(variance + eps) + bias, for each row."""
     sums = cuda.shared.array((1, THREADS), float32)
     squares = cuda.shared.array((2, THREADS), float32)
-    lane, lanes = cuda.threadIdx.x, cuda.blockDim.x
-    first = cuda.threadIdx.y * lanes
-    here, row = first + lane, cuda.blockIdx.x * cuda.blockDim.y + cuda.threadIdx.y
-    columns, count = x.shape[1] if row < x.shape[0] else 0, float32(x.shape[1])
+    lane, y, lanes, tall = seat()
+    first, row = y * lanes, uint64(cuda.blockIdx.x) * tall + y
+    here, columns = first + lane, uint64(x.shape[1]) if row < uint64(x.shape[0]) else uint64(0)
+    count = float32(x.shape[1])
 
     total = float32(0)
-    for j in range(lane, columns, lanes):
+    j = lane
+    while j < columns:
         total += x[row, j]
+        j += lanes
     sums[0, here] = total
     add_up(sums, here, lane, lanes)
     about = sums[0, first] / count
 
     total, square = float32(0), float32(0)
-    for j in range(lane, columns, lanes):
+    j = lane
+    while j < columns:
         deviation = x[row, j] - about
         total += deviation
         square += deviation * deviation
+        j += lanes
     squares[0, here], squares[1, here] = total, square
     add_up(squares, here, lane, lanes)
     rest = squares[0, first] / count  # what the mean lost when it became a float32
@@ -85,35 +100,38 @@ def normalize_rows(x, weight, bias, eps, out, mean, variance):
         mean[row], variance[row] = about + rest, square
 
     scale = float32(1) / math.sqrt(square + eps)
-    for j in range(lane, columns, lanes):
+    j = lane
+    while j < columns:
         value = (x[row, j] - about - rest) * scale
         if weight is not None:
             value *= weight[j]
         if bias is not None:
             value += bias[j]
         out[row, j] = value
+        j += lanes
 
 
 @kernel
 def rows_backward(g, x, weight, mean, variance, eps, out, rests, scales):
     """out = the gradient carried to x, for each row; rests = what its mean lost, scales = 1 / sqrt(variance + eps)."""
     sums = cuda.shared.array((3, THREADS), float32)
-    lane, lanes = cuda.threadIdx.x, cuda.blockDim.x
-    first = cuda.threadIdx.y * lanes
-    here, row = first + lane, cuda.blockIdx.x * cuda.blockDim.y + cuda.threadIdx.y
-    columns, count = 0, float32(x.shape[1])
-    guess, scale = float32(0), float32(0)
-    if row < x.shape[0]:
-        columns, guess, scale = x.shape[1], mean[row], float32(1) / math.sqrt(variance[row] + eps)
+    lane, y, lanes, tall = seat()
+    first, row = y * lanes, uint64(cuda.blockIdx.x) * tall + y
+    here, columns = first + lane, uint64(x.shape[1]) if row < uint64(x.shape[0]) else uint64(0)
+    count, guess, scale = float32(x.shape[1]), float32(0), float32(0)
+    if columns > 0:
+        guess, scale = mean[row], float32(1) / math.sqrt(variance[row] + eps)
 
     slopes, products, rest = float32(0), float32(0), float32(0)
-    for j in range(lane, columns, lanes):
+    j = lane
+    while j < columns:
         deviation, slope = x[row, j] - guess, g[row, j]
         if weight is not None:
             slope *= weight[j]
         slopes += slope
         products += slope * deviation
         rest += deviation
+        j += lanes
     sums[0, here], sums[1, here], sums[2, here] = slopes, products, rest
     add_up(sums, here, lane, lanes)
     average, rest = sums[0, first] / count, sums[2, first] / count
@@ -121,27 +139,30 @@ def rows_backward(g, x, weight, mean, variance, eps, out, rests, scales):
     if lane == 0 and columns > 0:
         rests[row], scales[row] = rest, scale
 
-    for j in range(lane, columns, lanes):
+    j = lane
+    while j < columns:
         slope = g[row, j]
         if weight is not None:
             slope *= weight[j]
         out[row, j] = (slope - average - (x[row, j] - guess - rest) * turn) * scale
+        j += lanes
 
 
 @kernel
 def add_slopes(g, x, mean, rests, scales, out):
     """out (chunks, 2, columns) = Σ g x̂ and Σ g over each chunk's rows. A block has WIDE columns of a chunk at most."""
     sums = cuda.shared.array((2, THREADS), float32)
-    rows, columns = x.shape
-    column, y, tall = cuda.grid(1), cuda.threadIdx.y, cuda.blockDim.y
-    chunk, chunks = cuda.blockIdx.y, out.shape[0]
+    lane, y, lanes, tall = seat()
+    column, columns = uint64(cuda.blockIdx.x) * lanes + lane, uint64(x.shape[1])
+    chunk, here = cuda.blockIdx.y, lane * tall + y
+    row, end = uint64(x.shape[0] * chunk // out.shape[0]) + y, uint64(x.shape[0] * (chunk + 1) // out.shape[0])
     products, slopes = float32(0), float32(0)
     if column < columns:
-        for row in range(rows * chunk // chunks + y, rows * (chunk + 1) // chunks, tall):
+        while row < end:
             slope = g[row, column]
             products += slope * ((x[row, column] - mean[row] - rests[row]) * scales[row])
             slopes += slope
-    here = cuda.threadIdx.x * tall + y
+            row += tall
     sums[0, here], sums[1, here] = products, slopes
     add_up(sums, here, y, tall)
     if y == 0 and column < columns:
@@ -152,14 +173,15 @@ def add_slopes(g, x, mean, rests, scales, out):
 def add_rows(x, out):
     """out (chunks, columns) = the sum of each chunk's rows. A block has WIDE columns of a chunk at most."""
     sums = cuda.shared.array((1, THREADS), float32)
-    rows, columns = x.shape
-    column, y, tall = cuda.grid(1), cuda.threadIdx.y, cuda.blockDim.y
-    chunk, chunks = cuda.blockIdx.y, out.shape[0]
+    lane, y, lanes, tall = seat()
+    column, columns = uint64(cuda.blockIdx.x) * lanes + lane, uint64(x.shape[1])
+    chunk, here = cuda.blockIdx.y, lane * tall + y
+    row, end = uint64(x.shape[0] * chunk // out.shape[0]) + y, uint64(x.shape[0] * (chunk + 1) // out.shape[0])
     total = float32(0)
     if column < columns:
-        for row in range(rows * chunk // chunks + y, rows * (chunk + 1) // chunks, tall):
+        while row < end:
             total += x[row, column]
-    here = cuda.threadIdx.x * tall + y
+            row += tall
     sums[0, here] = total
     add_up(sums, here, y, tall)
     if y == 0 and column < columns:
@@ -172,18 +194,18 @@ def add_rows(x, out):
 
 
 @helper
-def ends_of(part, parts, cuts, pictures, inner):
-    """The pictures and the places of the planes, from and to, that a part has."""
-    groups, group, cut = parts // cuts, part // cuts, part % cuts
-    return (
-        pictures * group // groups, pictures * (group + 1) // groups, inner * cut // cuts, inner * (cut + 1) // cuts
-    )  # fmt: skip
+def ends_of(x, part, parts, cuts):
+    """The pictures and the places of their planes, from and to, that a part has."""
+    pictures, inner, pieces = uint64(x.shape[0]), uint64(x.shape[2]), uint64(cuts)
+    groups, group, piece = uint64(parts) // pieces, uint64(part) // pieces, uint64(part) % pieces
+    begin, end = pictures * group // groups, pictures * (group + uint64(1)) // groups
+    return begin, end, inner * piece // pieces, inner * (piece + uint64(1)) // pieces
 
 
 @helper
-def count_of(part, parts, cuts, pictures, inner):
+def count_of(x, part, parts, cuts):
     """How many numbers a part has."""
-    begin, end, left, right = ends_of(part, parts, cuts, pictures, inner)
+    begin, end, left, right = ends_of(x, part, parts, cuts)
     return float32((end - begin) * (right - left))
 
 
@@ -192,26 +214,33 @@ def survey_planes(x, cuts, found):
     """found (3, channels, parts): each part's mean as two numbers, and the sum of its squared deviations."""
     sums = cuda.shared.array((1, THREADS), float32)
     squares = cuda.shared.array((2, THREADS), float32)
-    pictures, _, inner = x.shape
-    channel, part, parts = cuda.blockIdx.x, cuda.blockIdx.y, cuda.gridDim.y
-    lanes, tall, here = cuda.blockDim.x, cuda.blockDim.y, cuda.threadIdx.y * cuda.blockDim.x + cuda.threadIdx.x
-    begin, end, left, right = ends_of(part, parts, cuts, pictures, inner)
-    count = count_of(part, parts, cuts, pictures, inner)
+    lane, y, lanes, tall = seat()
+    here, channel, part, parts = y * lanes + lane, cuda.blockIdx.x, cuda.blockIdx.y, uint64(cuda.gridDim.y)
+    begin, end, left, right = ends_of(x, part, parts, cuts)
+    count = count_of(x, part, parts, cuts)
 
     total = float32(0)
-    for n in range(begin + cuda.threadIdx.y, end, tall):
-        for i in range(left + cuda.threadIdx.x, right, lanes):
+    n = begin + y
+    while n < end:
+        i = left + lane
+        while i < right:
             total += x[n, channel, i]
+            i += lanes
+        n += tall
     sums[0, here] = total
     add_up(sums, here, here, THREADS)
     about = sums[0, 0] / count
 
     total, square = float32(0), float32(0)
-    for n in range(begin + cuda.threadIdx.y, end, tall):
-        for i in range(left + cuda.threadIdx.x, right, lanes):
+    n = begin + y
+    while n < end:
+        i = left + lane
+        while i < right:
             deviation = x[n, channel, i] - about
             total += deviation
             square += deviation * deviation
+            i += lanes
+        n += tall
     squares[0, here], squares[1, here] = total, square
     add_up(squares, here, here, THREADS)
     if here == 0:
@@ -225,14 +254,13 @@ def normalize_planes(x, weight, bias, eps, cuts, found, out, mean, variance):
     """out = weight (x - mean) / sqrt(variance + eps) + bias. Each block puts what was found of its channel together."""
     sums = cuda.shared.array((1, THREADS), float32)
     squares = cuda.shared.array((1, THREADS), float32)
-    pictures, _, inner = x.shape
-    channel, part, parts = cuda.blockIdx.x, cuda.blockIdx.y, cuda.gridDim.y
-    lanes, tall, here = cuda.blockDim.x, cuda.blockDim.y, cuda.threadIdx.y * cuda.blockDim.x + cuda.threadIdx.x
+    lane, y, lanes, tall = seat()
+    here, channel, part, parts = y * lanes + lane, cuda.blockIdx.x, cuda.blockIdx.y, uint64(cuda.gridDim.y)
 
-    about, numbers = found[0, channel, 0], float32(pictures * inner)
+    about, numbers = found[0, channel, 0], float32(x.shape[0] * x.shape[2])
     count, shift, square = float32(0), float32(0), float32(0)
     if here < parts:  # a thread for each part; there are never more parts
-        count = count_of(here, parts, cuts, pictures, inner)
+        count = count_of(x, here, parts, cuts)
         shift = (found[0, channel, here] - about) + found[1, channel, here]  # from the first part's mean to this one's
         square = found[2, channel, here]
     sums[0, here] = count * shift
@@ -249,28 +277,35 @@ def normalize_planes(x, weight, bias, eps, cuts, found, out, mean, variance):
         scale *= weight[channel]
     if bias is not None:
         offset = bias[channel]
-    begin, end, left, right = ends_of(part, parts, cuts, pictures, inner)
-    for n in range(begin + cuda.threadIdx.y, end, tall):
-        for i in range(left + cuda.threadIdx.x, right, lanes):
+    begin, end, left, right = ends_of(x, part, parts, cuts)
+    n = begin + y
+    while n < end:
+        i = left + lane
+        while i < right:
             out[n, channel, i] = (x[n, channel, i] - about - rest) * scale + offset
+            i += lanes
+        n += tall
 
 
 @kernel
 def survey_slopes(g, x, mean, cuts, found):
     """found (3, channels, parts): each part's Σ g, Σ g (x - mean) and Σ (x - mean)."""
     sums = cuda.shared.array((3, THREADS), float32)
-    pictures, _, inner = x.shape
-    channel, part, parts = cuda.blockIdx.x, cuda.blockIdx.y, cuda.gridDim.y
-    lanes, tall, here = cuda.blockDim.x, cuda.blockDim.y, cuda.threadIdx.y * cuda.blockDim.x + cuda.threadIdx.x
-    begin, end, left, right = ends_of(part, parts, cuts, pictures, inner)
+    lane, y, lanes, tall = seat()
+    here, channel, part, parts = y * lanes + lane, cuda.blockIdx.x, cuda.blockIdx.y, uint64(cuda.gridDim.y)
+    begin, end, left, right = ends_of(x, part, parts, cuts)
     guess = mean[channel]
     slopes, products, rest = float32(0), float32(0), float32(0)
-    for n in range(begin + cuda.threadIdx.y, end, tall):
-        for i in range(left + cuda.threadIdx.x, right, lanes):
+    n = begin + y
+    while n < end:
+        i = left + lane
+        while i < right:
             slope, deviation = g[n, channel, i], x[n, channel, i] - guess
             slopes += slope
             products += slope * deviation
             rest += deviation
+            i += lanes
+        n += tall
     sums[0, here], sums[1, here], sums[2, here] = slopes, products, rest
     add_up(sums, here, here, THREADS)
     if here < 3:
@@ -281,14 +316,13 @@ def survey_slopes(g, x, mean, cuts, found):
 def planes_backward(g, x, weight, mean, variance, eps, cuts, found, out, results):
     """out = the gradient carried to x; results[0] = Σ g x̂, results[1] = Σ g, for each channel."""
     sums = cuda.shared.array((3, THREADS), float32)
-    pictures, _, inner = x.shape
-    channel, part, parts = cuda.blockIdx.x, cuda.blockIdx.y, cuda.gridDim.y
-    lanes, tall, here = cuda.blockDim.x, cuda.blockDim.y, cuda.threadIdx.y * cuda.blockDim.x + cuda.threadIdx.x
+    lane, y, lanes, tall = seat()
+    here, channel, part, parts = y * lanes + lane, cuda.blockIdx.x, cuda.blockIdx.y, uint64(cuda.gridDim.y)
     for kind in range(3):
         sums[kind, here] = found[kind, channel, here] if here < parts else float32(0)
     add_up(sums, here, here, THREADS)
 
-    numbers, guess = float32(pictures * inner), mean[channel]
+    numbers, guess = float32(x.shape[0] * x.shape[2]), mean[channel]
     scale, rest = float32(1) / math.sqrt(variance[channel] + eps), sums[2, 0] / numbers  # what the mean lost
     along, average = (sums[1, 0] - rest * sums[0, 0]) * scale, sums[0, 0] / numbers
     if part == 0 and here == 0:
@@ -296,25 +330,32 @@ def planes_backward(g, x, weight, mean, variance, eps, cuts, found, out, results
     turn = along * scale / numbers
     if weight is not None:
         scale *= weight[channel]
-    begin, end, left, right = ends_of(part, parts, cuts, pictures, inner)
-    for n in range(begin + cuda.threadIdx.y, end, tall):
-        for i in range(left + cuda.threadIdx.x, right, lanes):
+    begin, end, left, right = ends_of(x, part, parts, cuts)
+    n = begin + y
+    while n < end:
+        i = left + lane
+        while i < right:
             slope, deviation = g[n, channel, i] - average, x[n, channel, i] - guess - rest
             out[n, channel, i] = (slope - deviation * turn) * scale
+            i += lanes
+        n += tall
 
 
 @kernel
 def add_planes(x, cuts, out):
     """out (parts, channels) = each part's sum."""
     sums = cuda.shared.array((1, THREADS), float32)
-    pictures, _, inner = x.shape
-    channel, part, parts = cuda.blockIdx.x, cuda.blockIdx.y, cuda.gridDim.y
-    lanes, tall, here = cuda.blockDim.x, cuda.blockDim.y, cuda.threadIdx.y * cuda.blockDim.x + cuda.threadIdx.x
-    begin, end, left, right = ends_of(part, parts, cuts, pictures, inner)
+    lane, y, lanes, tall = seat()
+    here, channel, part, parts = y * lanes + lane, cuda.blockIdx.x, cuda.blockIdx.y, uint64(cuda.gridDim.y)
+    begin, end, left, right = ends_of(x, part, parts, cuts)
     total = float32(0)
-    for n in range(begin + cuda.threadIdx.y, end, tall):
-        for i in range(left + cuda.threadIdx.x, right, lanes):
+    n = begin + y
+    while n < end:
+        i = left + lane
+        while i < right:
             total += x[n, channel, i]
+            i += lanes
+        n += tall
     sums[0, here] = total
     add_up(sums, here, here, THREADS)
     if here == 0:

@@ -3,7 +3,10 @@
 A row belongs to a group of threads of one block: one thread for each element of a short row, the whole block for a long
 one. They find the largest element together, then the sum of exponentials, then write the quotients. Each time they go
 over the row, which by then lies in the cache. What a thread has found alone goes to the others through shared memory:
-in each step half of those that have a number take a second one to theirs, until there is one.
+in each step an eighth of those that have a number take seven others to theirs, until there is one.
+
+Indices are unsigned, and loops are `while`: Numba asks of each signed index whether it counts from the end, and divides
+to know beforehand how many turns a range has, which is longer than to add up what is in it.
 
 The host does not wait for the device, so nobody can be told there of a target that is no class: its row becomes nan.
 """
@@ -13,7 +16,7 @@ from __future__ import annotations
 import math
 from typing import Any
 
-from numba import cuda, float32
+from numba import cuda, float32, uint64
 
 from tinytorch.kernels.cuda.jit import THREADS, blocks_for, helper, kernel, row_by_row, run
 
@@ -21,6 +24,7 @@ __all__ = ["dealt", "log_softmax", "softmax", "softmax_cross_entropy", "softmax_
 
 NARROW = 32  # threads that a row may have for one element each: they run in step
 FEWEST = 8  # elements for each of them if there are more
+TAKEN = 8  # numbers that a thread makes one of in a step
 
 
 def dealt(rows: int, columns: int) -> tuple[int, tuple[int, int]]:
@@ -34,52 +38,78 @@ def dealt(rows: int, columns: int) -> tuple[int, tuple[int, int]]:
 
 
 @helper
+def seat():
+    """A thread's row, its lane there, how many lanes there are, and its place in its block."""
+    lane, lanes, y = uint64(cuda.threadIdx.x), uint64(cuda.blockDim.x), uint64(cuda.threadIdx.y)
+    return uint64(cuda.blockIdx.x) * uint64(cuda.blockDim.y) + y, lane, lanes, y * lanes + lane
+
+
+@helper
 def largest_of(found, mine):
     """The largest of the numbers that a row's threads have, of which none is nan."""
-    lane, here = cuda.threadIdx.x, cuda.threadIdx.y * cuda.blockDim.x + cuda.threadIdx.x
+    _, lane, left, here = seat()
     found[here] = mine
     cuda.syncthreads()
-    step = cuda.blockDim.x // 2
-    while step > 0:
-        if lane < step and found[here + step] > found[here]:
-            found[here] = found[here + step]
+    while left > 1:
+        step = max(left // uint64(TAKEN), uint64(1))
+        if lane < step:
+            other = step
+            while other < left:
+                mine = max(mine, found[here + other])
+                other += step
+            found[here] = mine
         cuda.syncthreads()
-        step //= 2
+        left = step
     return found[here - lane]
 
 
 @helper
 def total_of(found, mine):
     """The sum of the numbers that a row's threads have."""
-    lane, here = cuda.threadIdx.x, cuda.threadIdx.y * cuda.blockDim.x + cuda.threadIdx.x
+    _, lane, left, here = seat()
     found[here] = mine
     cuda.syncthreads()
-    step = cuda.blockDim.x // 2
-    while step > 0:
+    while left > 1:
+        step = max(left // uint64(TAKEN), uint64(1))
         if lane < step:
-            found[here] += found[here + step]
+            other = step
+            while other < left:
+                mine += found[here + other]
+                other += step
+            found[here] = mine
         cuda.syncthreads()
-        step //= 2
+        left = step
     return found[here - lane]
 
 
 @helper
 def largest_in_row(x, row, columns, found):
     """The largest element; where there is nan, it may be any."""
+    _, j, lanes, _ = seat()
     result = float32(-math.inf)
-    for j in range(cuda.threadIdx.x, columns, cuda.blockDim.x):
+    while j < columns:
         if x[row, j] > result:
             result = x[row, j]
+        j += lanes
     return largest_of(found, result)
 
 
 @helper
 def sum_of_exponentials(x, row, columns, highest, found):
     """Σ e^(x - highest); nan if there is any nan."""
+    _, j, lanes, _ = seat()
     result = float32(0)
-    for j in range(cuda.threadIdx.x, columns, cuda.blockDim.x):
+    while j < columns:
         result += math.exp(x[row, j] - highest)
+        j += lanes
     return total_of(found, result)
+
+
+@helper
+def class_of(target, count):
+    """A target as an index, which counts from the end where it is negative; `count` where it is no class."""
+    target = target + count if target < 0 else target
+    return uint64(target if 0 <= target < count else count)
 
 
 # -- rows: x (rows, columns), of float32 -------------------------------------------------------------------------------
@@ -91,12 +121,13 @@ def softmax_rows(x, out):
     """out = e^x / Σ e^x."""
     maxima = cuda.shared.array(THREADS, float32)
     sums = cuda.shared.array(THREADS, float32)  # not the same: some thread may still have to read the maximum
-    row = cuda.blockIdx.x * cuda.blockDim.y + cuda.threadIdx.y
-    columns = x.shape[1] if row < x.shape[0] else 0
+    row, j, lanes, _ = seat()
+    columns = uint64(x.shape[1]) if row < uint64(x.shape[0]) else uint64(0)
     highest = largest_in_row(x, row, columns, maxima)
     factor = float32(1) / sum_of_exponentials(x, row, columns, highest, sums)
-    for j in range(cuda.threadIdx.x, columns, cuda.blockDim.x):
+    while j < columns:
         out[row, j] = math.exp(x[row, j] - highest) * factor
+        j += lanes
 
 
 @kernel
@@ -104,14 +135,15 @@ def log_softmax_rows(x, out):
     """out = x - log Σ e^x. (x - m) - log s is precise where m is 10,000, and x - (m + log s) is not."""
     maxima = cuda.shared.array(THREADS, float32)
     sums = cuda.shared.array(THREADS, float32)
-    row = cuda.blockIdx.x * cuda.blockDim.y + cuda.threadIdx.y
-    columns = x.shape[1] if row < x.shape[0] else 0
+    row, j, lanes, _ = seat()
+    columns = uint64(x.shape[1]) if row < uint64(x.shape[0]) else uint64(0)
     highest = largest_in_row(x, row, columns, maxima)
     denominator = sum_of_exponentials(x, row, columns, highest, sums)
     if columns > 0:
         logarithm = math.log(denominator)
-        for j in range(cuda.threadIdx.x, columns, cuda.blockDim.x):
+        while j < columns:
             out[row, j] = (x[row, j] - highest) - logarithm
+            j += lanes
 
 
 @kernel
@@ -119,31 +151,33 @@ def cross_entropy_rows(x, targets, losses, out):
     """out = softmax of x, losses = -log of its element at each row's target; nan for a target that is none."""
     maxima = cuda.shared.array(THREADS, float32)
     sums = cuda.shared.array(THREADS, float32)
-    row = cuda.blockIdx.x * cuda.blockDim.y + cuda.threadIdx.y
-    columns = x.shape[1] if row < x.shape[0] else 0
+    row, j, lanes, _ = seat()
+    columns = uint64(x.shape[1]) if row < uint64(x.shape[0]) else uint64(0)
     highest = largest_in_row(x, row, columns, maxima)
     denominator = sum_of_exponentials(x, row, columns, highest, sums)
-    factor = float32(1) / denominator
-    for j in range(cuda.threadIdx.x, columns, cuda.blockDim.x):
-        out[row, j] = math.exp(x[row, j] - highest) * factor
-    if row < x.shape[0] and cuda.threadIdx.x == 0:
-        target = targets[row] + columns if targets[row] < 0 else targets[row]
-        if 0 <= target < columns:
+    if row < uint64(x.shape[0]) and j == 0:
+        target = class_of(targets[row], x.shape[1])
+        if target < columns:
             losses[row] = math.log(denominator) - (x[row, target] - highest)
         else:
             losses[row] = float32(math.nan)
+    factor = float32(1) / denominator
+    while j < columns:
+        out[row, j] = math.exp(x[row, j] - highest) * factor
+        j += lanes
 
 
 @kernel
 def cross_entropy_backward(scale, probabilities, targets, out):
     """out = scale (p - one_hot(target)); nan for a target that is none."""
-    rows, columns = out.shape
-    row = cuda.blockIdx.x * cuda.blockDim.y + cuda.threadIdx.y
-    if row < rows:
-        target = targets[row] + columns if targets[row] < 0 else targets[row]
-        factor = scale[row] if 0 <= target < columns else float32(math.nan)
-        for j in range(cuda.threadIdx.x, columns, cuda.blockDim.x):
+    row, j, lanes, _ = seat()
+    columns = uint64(out.shape[1])
+    if row < uint64(out.shape[0]):
+        target = class_of(targets[row], out.shape[1])
+        factor = scale[row] if target < columns else float32(math.nan)
+        while j < columns:
             out[row, j] = factor * (probabilities[row, j] - (float32(1) if j == target else float32(0)))
+            j += lanes
 
 
 # -- entry points ------------------------------------------------------------------------------------------------------
