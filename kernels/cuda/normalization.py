@@ -394,10 +394,14 @@ def cut_up(pictures: int, channels: int, inner: int) -> tuple[tuple[int, int], t
 
 
 def in_chunks(rows: int, columns: int) -> tuple[tuple[int, int], tuple[int, int]]:
-    """How rows are dealt out that are to be added up: the grid (tiles of columns, chunks of rows), a block's shape."""
+    """How rows are dealt out that are to be added up: the grid (tiles of columns, chunks of rows), a block's shape.
+
+    What one launch leaves of many rows, the next one adds up in one chunk.
+    """
     across = min(1 << (max(columns, 1) - 1).bit_length(), WIDE)
     tall = THREADS // across
-    return (blocks_for(columns, across), max(1, min(MOST_CHUNKS, rows // (2 * FEWEST * tall)))), (across, tall)
+    chunks = min(MOST_CHUNKS, rows // (2 * FEWEST * tall)) if rows > MOST_CHUNKS else 1
+    return (blocks_for(columns, across), max(chunks, 1)), (across, tall)
 
 
 def flat(array: Any) -> Any:
@@ -405,14 +409,11 @@ def flat(array: Any) -> Any:
 
 
 def sum_of_rows(xp: Any, x: Any) -> Any:
-    """(rows, columns) -> (columns,)."""
-    while True:
-        (tiles, chunks), threads = in_chunks(*x.shape)
-        out = xp.empty((chunks, x.shape[1]), dtype="float32")
-        run(add_rows, (tiles, chunks), threads, x, out)
-        if chunks == 1:
-            return out.reshape(-1)
-        x = out
+    """(rows, columns) -> (columns,), in two launches at most."""
+    grid, threads = in_chunks(*x.shape)
+    out = xp.empty((grid[1], x.shape[1]), dtype="float32")
+    run(add_rows, grid, threads, x, out)
+    return out.reshape(-1) if grid[1] == 1 else sum_of_rows(xp, out)
 
 
 def normalize(xp: Any, x: Any, weight: Any = None, bias: Any = None, *, dims: Any, eps: float) -> tuple[Any, Any, Any]:
@@ -470,7 +471,7 @@ def sum_over_all_but_channels(xp: Any, x: Any, *, dim: tuple, keepdim: bool = Fa
     grid, threads, cuts = cut_up(*shape)
     out = xp.empty(grid[::-1], dtype="float32")
     run(add_planes, grid, threads, row_by_row(x).reshape(shape), cuts, out)
-    return sum_of_rows(xp, out) if len(out) > 1 else out.reshape(-1)
+    return sum_of_rows(xp, out) if grid[1] > 1 else out.reshape(-1)
 
 
 def sum_over_leading(xp: Any, x: Any, *, dim: tuple, keepdim: bool = False) -> Any:
