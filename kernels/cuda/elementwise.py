@@ -1,7 +1,7 @@
 """Activations, their gradients and dropout, each in one pass over the device's memory.
 
-An elementwise operation costs what it reads and writes: a GPU does fifty multiplications in the time that it takes to
-fetch one number. CuPy launches a kernel for each step of a formula, and each of them goes over memory; here one does
+An elementwise operation costs what it reads and writes: a GPU does dozens of multiplications in the time that it takes
+to fetch one number. CuPy launches a kernel for each step of a formula, and each of them goes over memory; here one does
 them all. exp, tanh, erf and relu have one step, so there is nothing to gain, and they are not here.
 
 Each thread has one element, its neighbour the next one: the 32 numbers that a warp fetches lie side by side.

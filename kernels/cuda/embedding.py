@@ -2,10 +2,10 @@
 
 Threads that add to one place would have to do it one after the other, in an order that nobody knows beforehand, and
 each order rounds in its own way. A block for each row of the table that looks for its id would read all ids 50,000
-times. So the ids are sorted first, which for 4,096 of them is a few dozen microseconds on the device, and rows that
-belong together are neighbours: a thread adds PIECE of them up, of one feature, and writes down each sum that is
-complete. Where an id goes on in the next pieces, the thread of its first piece takes their sums to its own, in order,
-in a second launch. So it matters little how large the table is, or how unevenly its rows are used.
+times where the table has 50,000 rows. So the ids are sorted first, and rows that belong together are neighbours: a
+thread adds PIECE of them up, of one feature, and writes down each sum that is complete. Where an id goes on in the next
+pieces, the thread of its first piece takes their sums to its own, in order, in a second launch. So the work grows with
+the ids alone, and it matters little how unevenly they are spread.
 """
 
 from __future__ import annotations

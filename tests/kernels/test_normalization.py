@@ -227,6 +227,30 @@ def test_every_channel_is_cut_into_parts_that_are_not_empty(pictures: int, chann
     assert lanes & (lanes - 1) == 0
 
 
+@pytest.mark.skipif(WHERE == "cpu", reason="a matter of the kernels for GPUs")
+def test_launches_are_few() -> None:
+    from tinytorch.kernels.cuda.jit import instead_of_launches
+
+    launched: list[str] = []
+    x, pictures, w, v = (values(0, shape) for shape in ((300, 3), (40, 3, 8, 8), (3,), (3, 1, 1)))
+    mean, none = values(0, (300, 1)), {"eps": 1e-5, "shape": None}
+    with instead_of_launches(lambda kernel, *rest: launched.append(kernel.py_func.__name__)):
+        for call, expected in (
+            (lambda: normalization.normalize(XP, x, w, w, dims=(1,), eps=1e-5), ["normalize_rows"]),
+            (lambda: normalization.normalize_gradients(XP, x, x, w, mean, mean, dims=(1,), **none), ["rows_backward"]),
+            (lambda: normalization.normalize_gradients(XP, x, x, w, mean, mean, dims=(1,), eps=1e-5, shape=(3,)),
+             ["rows_backward", "add_slopes"] + ["add_rows"] * SIMULATED),
+            (lambda: normalization.normalize(XP, pictures, v, v, dims=(0, 2, 3), eps=1e-5),
+             ["survey_planes", "normalize_planes"]),
+            (lambda: normalization.normalize_gradients(XP, pictures, pictures, v, v, v, dims=(0, 2, 3), **none),
+             ["survey_slopes", "planes_backward"]),
+            (lambda: normalization.sum_over_leading(XP, np.ones((1 << 12, 40), "float32"), dim=(0,)), ["add_rows"] * 2),
+        ):  # fmt: skip
+            call()
+            assert launched == expected
+            launched.clear()
+
+
 # -- memory and cores --------------------------------------------------------------------------------------------------
 
 
