@@ -13,25 +13,32 @@ from hypothesis import strategies as st
 
 from tests.kernels.guarded import guarded, guarded_empty
 from tests.kernels.pictures import LAYOUTS, XP, laid_out, near
+from tests.kernels.place import SIMULATED, WHERE, cpu_only, drawn, kernels
 from tinytorch import m09_spatial as m09
-from tinytorch.kernels.cpu import normalization
 from tinytorch.kernels.cpu.vectors import LANES
 
+normalization = kernels("normalization")
 layouts = st.sampled_from(LAYOUTS)
 seeds = st.integers(0, 1 << 30)
-sizes = st.integers(1, 7) | st.integers(1, 150)
+sizes = st.integers(1, 7) | st.integers(1, 40 if SIMULATED else 150)
+few, many, wide, lead = (3, 9, 5, 8) if SIMULATED else (6, 90, 12, 20)
+# What cores, or blocks, share: rows, long rows, small pictures, large ones. The simulator's blocks are small.
+ROWS, LONG, SMALL, LARGE = (
+    ((260, 3), (1, 2, 257), (32, 2, 5, 4), (2, 1, 19, 29)) if SIMULATED else
+    ((768, 128), (3, 130, 257), (32, 16, 20, 20), (5, 3, 129, 129))
+)  # fmt: skip
 
 
 @st.composite
 def cases(draw: Any) -> tuple[tuple, tuple, tuple]:
     """A shape, the axes to normalise over, and the weight's shape: of layer norm or of batch norm."""
     if draw(st.booleans()):
-        lead = draw(st.lists(st.integers(1, 6), max_size=2)) + draw(st.lists(st.integers(1, 90), max_size=1))
+        lead = draw(st.lists(st.integers(1, few), max_size=2)) + draw(st.lists(st.integers(1, many), max_size=1))
         shape = (*lead, draw(sizes), *draw(st.lists(st.integers(1, 3), max_size=1)))
         axes = range(len(lead), len(shape))
         return shape, tuple(axes if draw(st.booleans()) else (d - len(shape) for d in axes)), shape[len(lead) :]
-    inner = draw(st.lists(st.integers(1, 12), min_size=1, max_size=3))
-    shape = (draw(st.integers(1, 9)), draw(st.integers(1, 5)), *inner)
+    inner = draw(st.lists(st.integers(1, wide), min_size=1, max_size=3))
+    shape = (draw(st.integers(1, 9)), draw(st.integers(1, min(few, 5))), *inner)
     return shape, (0, *range(2, len(shape))), (shape[1], *(1 for _ in inner))
 
 
@@ -72,19 +79,22 @@ def check_both_ways(
 
 
 @given(cases(), seeds, st.sampled_from([0.0, 5.0, 1000.0]), layouts, st.booleans())
-@example(((768, 128), (1,), (128,)), 0, 0.0, "plain", True)
-@example(((3, 130, 257), (2,), (257,)), 0, 1000.0, "plain", True)
-@example(((32, 16, 20, 20), (0, 2, 3), (16, 1, 1)), 0, 1000.0, "plain", True)
-@example(((5, 3, 129, 129), (0, 2, 3), (3, 1, 1)), 0, 1000.0, "turned", False)
-@settings(deadline=None, max_examples=200)
+@example((ROWS, (1,), ROWS[1:]), 0, 0.0, "plain", True)
+@example((LONG, (2,), LONG[2:]), 0, 1000.0, "plain", True)
+@example((SMALL, (0, 2, 3), (SMALL[1], 1, 1)), 0, 1000.0, "plain", True)
+@example((LARGE, (0, 2, 3), (LARGE[1], 1, 1)), 0, 1000.0, "turned", False)
+@drawn(200)
 def test_both_ways(case: tuple, seed: int, mean: float, layout: str, affine: bool) -> None:
     check_both_ways(*case, seed, mean, layout, affine)
 
 
-@pytest.mark.parametrize("case", [((64, 96), (1,), (96,)), ((8, 3, 16, 16), (0, 2, 3), (3, 1, 1))])
+@pytest.mark.parametrize("case", [
+    ((8 if SIMULATED else 64, 96), (1,), (96,)), ((8, 1 if SIMULATED else 3, 16, 16), (0, 2, 3), (-1, 1, 1)),
+])  # fmt: skip
 def test_large_means_cost_no_digits(case: tuple) -> None:
     """A float32 of 1000 is off by up to 3e-5, which is more than is lost here."""
     shape, dims, weight_shape = case
+    weight_shape = (shape[1], *weight_shape[1:])
     x, g, weight = values(0, shape, 1000), values(1, shape), values(2, weight_shape)
     out, mean, variance = normalization.normalize(XP, x, weight, weight, dims=dims, eps=1e-5)
     exact = m09.normalize.function(XP, *(double(a) for a in (x, weight, weight)), dims=dims, eps=1e-5)
@@ -106,9 +116,9 @@ def test_pictures_that_differ_much() -> None:
 
 def test_constant_rows_and_planes() -> None:
     """All deviations are one rounding error; their variance is 0, and must not come out below."""
-    small, large = [((3, 33), (1,)), ((3, 2, 3, 7), (0, 2, 3))], [((1, 100_003), (1,))]  # only much is rounded below 0
-    for count, number in enumerate(np.random.default_rng(0).normal(0, 100, 300).astype("float32")):
-        for shape, dims in small if count % 10 else small + large:
+    small, large = [((3, 33), (1,)), ((3, 2, 3, 7), (0, 2, 3))], [((1, 30_011 if SIMULATED else 100_003), (1,))]
+    for count, number in enumerate(np.random.default_rng(0).normal(0, 100, 3 if SIMULATED else 300).astype("float32")):
+        for shape, dims in small + large if count % 10 == 1 else small:  # only much is rounded below 0
             x = np.full(shape, number)
             out, mean, variance = normalization.normalize(XP, x, dims=dims, eps=0.0)
             most = 1e-12 * (16 / LANES) ** 2 * number**2  # the fewer lanes, the more numbers one after another in each
@@ -146,22 +156,22 @@ def test_empty(shape: tuple, dims: tuple, weight_shape: tuple) -> None:
     assert not gradients[1].any()
 
 
-@given(st.integers(0, 20), st.integers(1, 9), st.lists(st.integers(0, 40), max_size=2), layouts, seeds)
-@example(16, 3, [32, 32], "plain", 0)
-@settings(deadline=None, max_examples=60)
+@given(st.integers(0, lead), st.integers(1, 9), st.lists(st.integers(0, many), max_size=2), layouts, seeds)
+@example(16, 3, [8, 9] if SIMULATED else [32, 32], "plain", 0)
+@drawn(60)
 def test_channel_sums(pictures: int, channels: int, inner: list, layout: str, seed: int) -> None:
     x = laid_out(values(seed, (pictures, channels, *inner), 1), layout)
     axes = (0, *range(2, x.ndim))
-    near(normalization.channel_sums(x), double(x).sum(axis=axes))
+    near(normalization.sum_over_all_but_channels(XP, x, dim=axes), double(x).sum(axis=axes))
 
 
-@given(st.lists(st.integers(0, 20), min_size=1, max_size=2), st.integers(0, 3), sizes, layouts, st.booleans(), seeds)
+@given(st.lists(st.integers(0, lead), min_size=1, max_size=2), st.integers(0, 3), sizes, layouts, st.booleans(), seeds)
 @example([1], 1, 1, "plain", False, 0)
 @example([193], 1, 2 * normalization.WIDE + 5, "plain", True, 0)
 @example([5, 30], 2, normalization.WIDE - 1, "turned", False, 0)
 @example([0, 4], 1, 7, "plain", False, 0)
 @example([4], 0, 7, "plain", True, 0)
-@settings(deadline=None, max_examples=150)
+@drawn(150)
 def test_sum_over_leading(lead: list, more: int, columns: int, layout: str, keepdim: bool, seed: int) -> None:
     """Over the axes (0,) or (0, 1), of which another one or none is left besides the columns."""
     for kept in ((columns,), (more, columns)):
@@ -174,12 +184,12 @@ def test_sum_over_leading(lead: list, more: int, columns: int, layout: str, keep
 
 def test_sums_of_many_rows_keep_their_digits() -> None:
     """One sum after another would lose half of each number where a million came before."""
-    x = values(0, (1 << 16, 3), 100)
+    x = values(0, (1 << 13 if SIMULATED else 1 << 16, 3), 100)
     near(normalization.sum_over_leading(XP, x, dim=(0,)), double(x).sum(axis=0), rtol=1e-6)
 
 
 def test_nan_and_infinity_stay_in_their_column() -> None:
-    for columns in (1, LANES - 1, LANES + 3, normalization.WIDE + 5):
+    for columns in (1, 9) if SIMULATED else (1, LANES - 1, LANES + 3, normalization.WIDE + 5):
         for column in {0, columns // 2, columns - 1}:
             for row, bad in ((0, math.nan), (64, math.inf), (70, math.nan)):
                 x = values(0, (71, columns))
@@ -201,6 +211,46 @@ def test_layout() -> None:
         normalization.normalize(XP, x, dims=(0,), eps=1e-5)
 
 
+@pytest.mark.skipif(WHERE == "cpu", reason="a matter of the kernels for GPUs")
+@given(st.integers(1, 1000), st.integers(1, 9000), st.integers(1, 10_000))
+@example(1, 1, 1 << 22)
+@example(1 << 22, 1, 1)
+@settings(deadline=None)
+def test_every_channel_is_cut_into_parts_that_are_not_empty(pictures: int, channels: int, inner: int) -> None:
+    (first, parts), (lanes, tall), cuts = normalization.cut_up(pictures, channels, inner)
+    groups = parts // cuts
+    assert (first, lanes * tall, groups * cuts) == (channels, normalization.THREADS, parts)
+    assert parts <= normalization.THREADS  # each block has a thread for each part
+    assert groups <= pictures
+    assert cuts <= inner
+    assert parts == 1 or pictures * inner >= parts * normalization.FEWEST * normalization.THREADS
+    assert lanes & (lanes - 1) == 0
+
+
+@pytest.mark.skipif(WHERE == "cpu", reason="a matter of the kernels for GPUs")
+def test_launches_are_few() -> None:
+    from tinytorch.kernels.cuda.jit import instead_of_launches
+
+    launched: list[str] = []
+    x, pictures, w, v = (values(0, shape) for shape in ((300, 3), (40, 3, 8, 8), (3,), (3, 1, 1)))
+    mean, none = values(0, (300, 1)), {"eps": 1e-5, "shape": None}
+    with instead_of_launches(lambda kernel, *rest: launched.append(kernel.py_func.__name__)):
+        for call, expected in (
+            (lambda: normalization.normalize(XP, x, w, w, dims=(1,), eps=1e-5), ["normalize_rows"]),
+            (lambda: normalization.normalize_gradients(XP, x, x, w, mean, mean, dims=(1,), **none), ["rows_backward"]),
+            (lambda: normalization.normalize_gradients(XP, x, x, w, mean, mean, dims=(1,), eps=1e-5, shape=(3,)),
+             ["rows_backward", "add_slopes"] + ["add_rows"] * SIMULATED),
+            (lambda: normalization.normalize(XP, pictures, v, v, dims=(0, 2, 3), eps=1e-5),
+             ["survey_planes", "normalize_planes"]),
+            (lambda: normalization.normalize_gradients(XP, pictures, pictures, v, v, v, dims=(0, 2, 3), **none),
+             ["survey_slopes", "planes_backward"]),
+            (lambda: normalization.sum_over_leading(XP, np.ones((1 << 12, 40), "float32"), dim=(0,)), ["add_rows"] * 2),
+        ):  # fmt: skip
+            call()
+            assert launched == expected
+            launched.clear()
+
+
 # -- memory and cores --------------------------------------------------------------------------------------------------
 
 
@@ -215,6 +265,7 @@ def arguments(rows: bool, shape: tuple, place: Callable, empty: Callable) -> tup
     return forward, [g, x, weight, mean, variance, 1e-5, empty(shape), sums]
 
 
+@cpu_only
 @pytest.mark.parametrize("end", [True, False])
 @pytest.mark.parametrize("columns", [1, 7, 16, 17, 33, 64, 65, 100])
 def test_at_protected_pages(columns: int, end: bool) -> None:
@@ -236,6 +287,7 @@ def test_at_protected_pages(columns: int, end: bool) -> None:
     normalization.add_planes(guarded(values(0, (2, 3, columns)), end), guarded_empty(3, end=end), 0, 3)
 
 
+@cpu_only
 @pytest.mark.parametrize("end", [True, False])
 @pytest.mark.parametrize("rows", [0, 1, 2, 3, 64, 65, 194])
 def test_sums_of_rows_at_protected_pages(rows: int, end: bool) -> None:
@@ -250,6 +302,7 @@ def test_sums_of_rows_at_protected_pages(rows: int, end: bool) -> None:
         near(out, double(x).sum(axis=0))
 
 
+@cpu_only
 def test_one_core_and_several() -> None:
     for rows, shape in ((True, (300, 50)), (False, (6, 7, 200))):
         twins = (
