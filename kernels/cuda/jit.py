@@ -60,8 +60,12 @@ def kernel(function: Callable) -> Any:
 
 
 def helper(function: Callable) -> Any:
-    """What kernels call."""
-    return cuda.jit(function, device=True)
+    """What kernels of the same file call.
+
+    The simulator puts a `cuda` of its own into a kernel's file while it runs it. It would do so again for each call of
+    a helper, in all threads at once.
+    """
+    return function if SIMULATED else cuda.jit(function, device=True)
 
 
 def blocks_for(count: int, threads: int = THREADS) -> int:
