@@ -79,7 +79,7 @@ def tests_sim(session: nox.Session) -> None:
 def tests_ptx(session: nox.Session) -> None:
     """The CUDA kernels through NVIDIA's compiler, which takes no GPU: registers, spills, float64 by mistake."""
     install(session, "test", "ptx")
-    session.run("python", "-m", "pytest", "tests/kernels/test_ptx.py", *session.posargs)
+    session.run("python", "-m", "pytest", "tests/kernels", "-k", "compiled_for_devices", *session.posargs)
 
 
 @nox.session(name="tests-torch")

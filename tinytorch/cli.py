@@ -279,15 +279,17 @@ def kernels(as_json: JsonOption = False) -> None:
 
 @app.command(epilog="Example: tinytorch warmup")
 def warmup(as_json: JsonOption = False) -> None:
-    """Compile every kernel for this CPU, once, so that no program has to wait for it."""
+    """Compile every kernel for this CPU, and for a GPU that is here, once, so that no program has to wait for it."""
     from rich.console import Console
     from rich.progress import track
 
     from tinytorch import m16_acceleration_appendix as acceleration
+    from tinytorch.backends import count_cuda_devices
 
     load_modules()  # the kernels of later modules, too
     console = Console(stderr=True, quiet=as_json)
-    rows = [acceleration.warm_up(kernel) for kernel in track(acceleration.KERNELS, "compiling", console=console)]
+    usable = [kernel for kernel in acceleration.KERNELS if kernel.backend != "cupy" or count_cuda_devices()]
+    rows = [acceleration.warm_up(kernel) for kernel in track(usable, "compiling", console=console)]
     rows.append(acceleration.warm_up_optimizers())
     if as_json:
         print(json.dumps(rows, indent=2))

@@ -318,6 +318,26 @@ for _operation, _place, _when, _why in (
 ):  # fmt: skip
     attach(_operation, "numpy", f"{CPU}.{_place}", _when, _why)
 
+# On a GPU a product is cuBLAS's, and CuPy has exp, tanh, erf and relu as one launch each.
+for _operation, _place, _when, _why in (
+    (sigmoid, "elementwise:sigmoid", from_size(1), FLOATS),
+    (silu, "elementwise:silu", from_size(1), FLOATS),
+    (drop, "elementwise:drop", from_size(1), FLOATS),
+    (relu_gradient, "elementwise:relu_gradient", from_size(1), FLOATS),
+    (gelu_and_cdf, "elementwise:gelu_and_cdf", from_size(1), FLOATS),
+    (gelu_gradient, "elementwise:gelu_gradient", from_size(1), FLOATS),
+    (softmax, "softmax:softmax", of_last_axis(1), "float32, over the last axis"),
+    (log_softmax, "softmax:log_softmax", of_last_axis(1), "float32, over the last axis"),
+    (softmax_cross_entropy, "softmax:softmax_cross_entropy", classifies, FLOATS),
+    (softmax_minus_one_hot, "softmax:softmax_minus_one_hot", classifies_back, FLOATS),
+    (normalize, "normalization:normalize", normalizes, NORMS_TEXT),
+    (normalize_gradients, "normalization:normalize_gradients", normalizes_back, NORMS_TEXT),
+    (total_of, "normalization:sum_over_all_but_channels", sums_channels, "float32, axes 0, 2 and 3, from 8,192"),
+    (total_of, "normalization:sum_over_leading", sums_rows, "float32, over the first axes, from 8,192"),
+    (embedding_weight_gradient, "embedding:embedding_weight_gradient", scatters, "float32, from 1,024 elements"),
+):  # fmt: skip
+    attach(_operation, "cupy", f"{CUDA}.{_place}", _when, _why)
+
 # -- optimizers --------------------------------------------------------------------------------------------------------
 
 LAID_OUT: WeakKeyDictionary[Optimizer, dict[int, Any]] = WeakKeyDictionary()  # by optimizer and group: where arrays lie
