@@ -38,6 +38,8 @@ def cuda_version() -> tuple[int, str]:
         driver = ctypes.CDLL(library)
     except OSError:
         return 0, f"no NVIDIA driver is installed ({library} was not found)"
+    if not hasattr(driver, "cuInit"):
+        return 0, f"{library} is not NVIDIA's: it has no cuInit; reinstall the driver"
     if (status := driver.cuInit(0)) != 0:
         return 0, f"the NVIDIA driver finds no device it can use (cuInit returned {status})"
     count, version = ctypes.c_int(), ctypes.c_int()
