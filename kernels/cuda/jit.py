@@ -14,6 +14,7 @@ from __future__ import annotations
 import importlib.metadata
 import importlib.util
 import os
+import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -87,10 +88,9 @@ def run(kernel: Any, blocks: int | tuple, threads: int | tuple, *arguments: Any)
 
 def stream_of(arguments: tuple) -> Any:
     """The stream that CuPy works on, for CuPy's arrays; the device's usual one for NumPy's, which Numba copies."""
-    if not any(type(x).__module__.startswith("cupy") for x in arguments):
+    cupy: Any = sys.modules.get("cupy")
+    if cupy is None or not any(isinstance(x, cupy.ndarray) for x in arguments):
         return 0
-    import cupy
-
     address = cupy.cuda.get_current_stream().ptr
     if address not in STREAMS:
         STREAMS[address] = cuda.external_stream(address) if address else 0
