@@ -21,6 +21,7 @@ class Module:
     """One chapter, and the names that it and its appendix show in each face.
 
     `exports` maps a face ("" is tinytorch itself) to names, separated by spaces; "bool=bool_" shows `bool_` as `bool`.
+    `exercises` are the definitions of the chapter that a learner writes, separated by spaces: "relu Linear.forward".
     """
 
     number: int
@@ -29,6 +30,7 @@ class Module:
     part: str
     checkpoint: str  # what a reader can do after it; tests/checkpoints/ shows each
     exports: Mapping[str, str] = field(default_factory=dict)
+    exercises: str = ""
 
     @property
     def file(self) -> str:
