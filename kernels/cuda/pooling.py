@@ -53,8 +53,8 @@ def counted_elements(i, count, size, stride, before, first, last):
 
 @kernel
 def pool_means(x, out, size, stride, before, first, last, divisor):
-    """out (N, OH, OW): the sums of windows over x (N, H, W), over the divisor; if it is 0, over how many elements a window
-    has of the picture and its borders, which are `first` and `last` along each axis."""
+    """out (N, OH, OW): sums of windows over x (N, H, W), over the divisor; or, if it is 0, over how many elements of
+    the picture and of its borders, `first` and `last` along each axis, a window has."""
     j, i, start = cuda.grid(3)
     if i < out.shape[1] and j < out.shape[2]:
         top, left = i * stride[0] - before[0], j * stride[1] - before[1]
@@ -87,14 +87,15 @@ def windows_around(position, count, span, stride, before):
 
 
 @helper
-def find(value, x, n, top, left, size, dilation):
-    """Row and column of a window's first element that equals the value; -1 if none does."""
+def find(value, picture, top, left, size, dilation):
+    """Row and column in a picture of a window's first element that equals the value; -1 if none does."""
+    height, width = picture.shape
     for u in range(size[0]):
         row = top + u * dilation[0]
-        if 0 <= row < x.shape[1]:
+        if 0 <= row < height:
             for v in range(size[1]):
                 column = left + v * dilation[1]
-                if 0 <= column < x.shape[2] and x[n, row, column] == value:
+                if 0 <= column < width and picture[row, column] == value:
                     return row, column
     return -1, -1
 
@@ -113,7 +114,7 @@ def scatter(g, x, largest, out, size, stride, before, dilation):
                 for j in range(left, right):
                     if largest[n, i, j] == value:
                         above, beside = i * stride[0] - before[0], j * stride[1] - before[1]
-                        found = find(value, x, n, above, beside, size, dilation)
+                        found = find(value, x[n], above, beside, size, dilation)
                         if found[0] == row and found[1] == column:  # never where it lies between a window's pixels
                             total += g[n, i, j]
             out[n, row, column] = total
@@ -126,7 +127,7 @@ def gather(values, x, largest, out, size, stride, before, dilation):
     if i < out.shape[1] and j < out.shape[2]:
         top, left = i * stride[0] - before[0], j * stride[1] - before[1]
         for n in range(first, out.shape[0], cuda.gridDim.z * cuda.blockDim.z):
-            row, column = find(largest[n, i, j], x, n, top, left, size, dilation)
+            row, column = find(largest[n, i, j], x[n], top, left, size, dilation)
             out[n, i, j] = 0
             if row >= 0:
                 out[n, i, j] = values[n % values.shape[0], row, column]

@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 
 from tests.kernels.guarded import guarded, guarded_empty
 from tests.kernels.pictures import LAYOUTS, XP, geometries, laid_out, near, windows_of
-from tests.kernels.place import SIMULATED, cpu_only, drawn, kernels
+from tests.kernels.place import SIMULATED, WHERE, cpu_only, drawn, kernels
 from tinytorch import m09_spatial as m09
 from tinytorch.kernels.cpu.vectors import LANES
 from tinytorch.m09_spatial import Windows, lay_windows
@@ -88,6 +88,44 @@ def test_geometries_of_networks(
     shape: tuple, size: int, stride: int, padding: int, count: int, channels: int, outputs: int
 ) -> None:
     check_all_three(windows_of(shape, size, stride, padding), count, channels, outputs, groups=1)
+
+
+TILE = getattr(conv, "TILE", 16)  # of CUDA's kernels: so many results by so many
+
+
+@pytest.mark.parametrize(
+    ("width", "count", "channels", "outputs", "groups"),
+    [
+        (TILE + 1, 1, 5, TILE + 1, 1),
+        (TILE - 1, 1, TILE + 1, 4, 1),
+        (TILE // 2, 2, TILE // 2, TILE // 2, 1),  # whole tiles of both heights
+        (TILE, 1, TILE, TILE, 1),
+        (3, 2, 3, 5, 3),
+        (2, 2, 4, 3, 2),
+    ],
+)
+def test_around_the_edges_of_tiles(width: int, count: int, channels: int, outputs: int, groups: int) -> None:
+    check_all_three(windows_of((1, width), 1), count, channels, outputs, groups)
+
+
+@pytest.mark.parametrize(
+    ("size", "stride", "dilation"), [(3, 2, 2), (3, 4, 2), (2, 6, 4), (2, 3, 1), (1, 2, 1), (2, 1, 3)]
+)
+def test_strides_and_dilations_that_meet_some_pixels_only(size: int, stride: int, dilation: int) -> None:
+    check_all_three(windows_of((8, 9), size, stride, 2, dilation), 1, 4, 4, 1)
+
+
+@pytest.mark.skipif(WHERE != "cuda", reason="how CUDA's kernels part sums")
+def test_sums_over_many_windows_are_parted_among_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
+    launched, run = [], conv.run
+    monkeypatch.setattr(conv, "run", lambda kernel, *arguments: (launched.append(kernel), run(kernel, *arguments)))
+    height = 7 * conv.LEAST_PIXELS // 10
+    g, x = randn(0, 1, 5, height, 5), randn(1, 1, 2, height, 5)
+    shape: dict[str, Any] = {"windows": windows_of((height, 5), 1), "groups": 1}
+    gradient = conv.convolution_weight_gradient(XP, g, x, **shape)
+    assert launched[-1] is conv.add_parts
+    near(gradient, reference(m09.convolution_weight_gradient, g, x, **shape))
+    np.testing.assert_array_equal(conv.convolution_weight_gradient(XP, g, x, **shape), gradient)
 
 
 def test_nothing_in_gives_nothing_or_the_bias() -> None:
