@@ -33,8 +33,8 @@ __all__ = [
 SIDE = 4 if SIMULATED else 8  # a tile of 64×64 would take Python a tenth of a second
 TILE = SIDE * SIDE  # columns of a tile, and threads of a block
 FEW = 4  # results for each pixel, of which tiles would be mostly empty
-ENOUGH_BLOCKS = 32 if SIMULATED else 1024  # to keep all of a GPU busy
-LEAST_PIXELS = 2 * SIDE if SIMULATED else 64 * SIDE  # that are worth a block
+ENOUGH_BLOCKS = 8 if SIMULATED else 1024  # to keep all of a GPU busy
+LEAST_STEPS = 4 if SIMULATED else 32  # of SIDE multiplications each, that are worth a block
 
 
 # -- one thread for each element ---------------------------------------------------------------------------------------
@@ -162,7 +162,7 @@ def first_tap(phase, size, stride, dilation, before, among, step):
     first = 0
     while first < step and (phase * stride + first * dilation - before) % among:
         first += 1
-    count = (size - first + step - 1) // step if first < min(step, size) else 0
+    count = (size - first + step - 1) // step if first < step else 0
     return first, count, (phase * stride + first * dilation - before) // among
 
 
@@ -173,15 +173,20 @@ def convolve_for(rows: int) -> Any:
     half, whole = outputs_of_tile // 2, TILE // 2
 
     @kernel
-    def convolve(x, weight, bias, out, pictures, results, size, stride, dilation, before, among, step, groups, least):
-        """Results (N, M, OH, OW) from pictures (N, C, H, W), all arrays flat, and weight (groups, KH, KW, C / groups,
-        M / groups). Tap a of result i meets row (i * stride + a * dilation - before) / among, where that is whole.
+    def convolve(
+        x, weight, bias, out, pictures, results, size, stride, dilation, before, among, step, groups, least, parts, each
+    ):
+        """Results (parts, N, M, OH, OW) from pictures (N, C, H, W), all arrays flat, and weight (groups, KH, KW,
+        C / groups, M / groups). Tap a of result i meets row (i * stride + a * dilation - before) / among, where that is
+        whole.
 
         A convolution has `among` 1. Its input's gradient is one of g, by steps of a fraction: results are parted into
         phases, those of every `among`-th row and column, because the same taps meet pixels for all of a phase.
 
         Args:
             step: of taps that meet pixels for the same result.
+            least: what no result is below of: 0 for a ReLU.
+            each: how many steps, of SIDE channels of a tap, each part of the sums has.
         """
         left = cuda.shared.array((SIDE, half), float64).view(np.float32)  # so laid that two can be fetched at once
         right = cuda.shared.array((SIDE, whole), float64).view(np.float32)
@@ -202,6 +207,7 @@ def convolve_for(rows: int) -> Any:
         tiles = (count * down * across + TILE - 1) // TILE
         pixel, index = index % tiles * TILE + t, index // tiles
         group, index = index % groups, index // groups
+        part, index = index % parts, index // parts
         i, j = index // among[1], index % among[1]
         a, a_count, top = first_tap(i, size[0], stride[0], dilation[0], before[0], among[0], step[0])
         b_first, b_count, beginning = first_tap(j, size[1], stride[1], dilation[1], before[1], among[1], step[1])
@@ -211,18 +217,26 @@ def convolve_for(rows: int) -> Any:
         n, to_right, to_bottom = rest // down, pixel % across, rest % down
         i, j = i + to_bottom * among[0], j + to_right * among[1]
         exists = n < count and i < out_height and j < out_width
-        places[t] = ((n * groups + group) * outputs * out_height + i) * out_width + j if exists else -1
+        picture = part * count + n
+        places[t] = ((picture * groups + group) * outputs * out_height + i) * out_width + j if exists else -1
         row, beginning = top + to_bottom * stride[0], beginning + to_right * stride[1]
         row_step, column_step = step[0] * dilation[0] // among[0], step[1] * dilation[1] // among[1]
         source = (n * groups + group) * channels * plane
 
-        clear(sums)
-        column, b, c = beginning, b_first, 0
+        # The first step of this part.
+        steps_of_tap = (channels + SIDE - 1) // SIDE
+        begin, end = part * each, min((part + 1) * each, a_count * b_count * steps_of_tap)
+        tap, c = begin // max(1, steps_of_tap), begin % max(1, steps_of_tap) * SIDE
+        tap_row, tap_column = tap // max(1, b_count), tap % max(1, b_count)
+        a, row = a + tap_row * step[0], row + tap_row * row_step
+        b, column = b_first + tap_column * step[1], beginning + tap_column * column_step
         b_last = b_first + (b_count - 1) * step[1]
-        steps = a_count * b_count * ((channels + SIDE - 1) // SIDE)
+
+        clear(sums)
+        cuda.syncthreads()  # also where a part has no step
         mine = t < outputs_of_tile and first + t < outputs
-        for now in range(-1, steps):
-            if now >= 0:
+        for now in range(begin - 1, end):
+            if now >= begin:
                 for k in range(SIDE):
                     if t < outputs_of_tile:
                         left[k, t] = weights[k]
@@ -231,7 +245,7 @@ def convolve_for(rows: int) -> Any:
             inside = exists and 0 <= row < height and 0 <= column < width
             at = source + c * plane + row * width + column
             weight_at = (((group * size[0] + a) * size[1] + b) * channels + c) * outputs + first + t
-            some = channels - c if now < steps - 1 else 0
+            some = channels - c if now < end - 1 else 0
             for k in range(SIDE):
                 weights[k] = pixels[k] = float32(0)
                 if mine and k < some:
@@ -246,7 +260,7 @@ def convolve_for(rows: int) -> Any:
                 if b > b_last:
                     b, column = b_first, beginning
                     a, row = a + step[0], row + row_step
-            if now >= 0:
+            if now >= begin:
                 multiply(left, right, sums, tx, ty)
             cuda.syncthreads()
 
@@ -348,14 +362,16 @@ def weigh_for(rows: int) -> Any:
 
 
 @kernel
-def add_parts(parts, out):
-    """out (N,) = the sum of parts (P, N) over their first axis, one after the other."""
+def add_parts(parts, bias, out, windows, least):
+    """out (N, M, windows) = the sum of parts (P, N · M · windows), one after the other, plus bias (M,) or None."""
     index = cuda.grid(1)
     if index < out.shape[0]:
         total = float32(0)
         for part in range(parts.shape[0]):
             total += parts[part, index]
-        out[index] = total
+        if bias is not None:
+            total += bias[index // windows % bias.shape[0]]
+        out[index] = total if not total < least else least
 
 
 # -- launches ----------------------------------------------------------------------------------------------------------
@@ -374,20 +390,40 @@ def borders_before(windows: Any) -> tuple[int, int]:
     return windows.padding[0][0], windows.padding[1][0]
 
 
+def in_parts(xp: Any, out: Any, tiles: int, steps: int, bias: Any, least: float, launch: Callable[..., None]) -> None:
+    """Fill `out` by `launch(out, bias, least, parts, each)`, where that many tiles of as many steps are too few to keep
+    a GPU busy in parts of `each` steps, which are added up at the end."""
+    parts = max(1, min(ENOUGH_BLOCKS // tiles, steps // LEAST_STEPS))
+    each = max(1, blocks_for(steps, parts))
+    parts, size, least = max(1, blocks_for(steps, each)), math.prod(out.shape), np.float32(least)
+    if parts == 1:
+        launch(xp.reshape(out, (size,)), bias, least, 1, each)
+    else:
+        sums = xp.empty((parts, size), dtype="float32")
+        launch(xp.reshape(sums, (parts * size,)), None, np.float32(-math.inf), parts, each)
+        windows = math.prod(out.shape[2:])
+        run(add_parts, blocks_for(size), THREADS, sums, bias, xp.reshape(out, (size,)), windows, least)
+
+
 def launch_tiles(
     xp: Any, x: Any, weight: Any, bias: Any, out: Any, size: tuple, stride: tuple, dilation: tuple, before: tuple,
-    among: tuple, relu: bool,
+    among: tuple, least: float,
 ) -> None:  # fmt: skip
     """Fill `out` as `convolve` does; weight (groups, M / groups, C / groups, KH, KW)."""
-    groups, outputs = weight.shape[:2]
-    rows, weight = rows_for(outputs), xp.permute_dims(weight, (0, 3, 4, 2, 1))
+    groups, outputs, channels = weight.shape[:3]
+    rows, weight = rows_for(outputs), flat(xp, xp.permute_dims(weight, (0, 3, 4, 2, 1)))
     step = tuple(m // math.gcd(m, d) for m, d in zip(among, dilation, strict=True))
     windows = out.shape[0] * math.prod(blocks_for(n, m) for n, m in zip(out.shape[2:], among, strict=True))
-    blocks = blocks_for(outputs, rows * SIDE) * blocks_for(windows, TILE) * groups * math.prod(among)
-    run(
-        convolve_for(rows), blocks, (SIDE, SIDE), flat(xp, x), flat(xp, weight), bias, xp.reshape(out, (-1,)), x.shape,
-        out.shape, size, stride, dilation, before, among, step, groups, np.float32(0 if relu else -math.inf),
-    )  # fmt: skip
+    tiles = blocks_for(outputs, rows * SIDE) * blocks_for(windows, TILE) * groups * math.prod(among)
+    steps = blocks_for(channels, SIDE) * math.prod(blocks_for(n, m) for n, m in zip(size, step, strict=True))
+
+    def launch(sums: Any, bias: Any, least: Any, parts: int, each: int) -> None:
+        run(
+            convolve_for(rows), tiles * parts, (SIDE, SIDE), flat(xp, x), weight, bias, sums, x.shape, out.shape, size,
+            stride, dilation, before, among, step, groups, least, parts, each,
+        )  # fmt: skip
+
+    in_parts(xp, out, tiles, steps, bias, least, launch)
 
 
 def convolution_by_elements(
@@ -412,10 +448,12 @@ def convolution(
         return convolution_by_elements(xp, x, weight, bias, windows=windows, groups=groups, activation=activation)
     out = xp.empty((x.shape[0], weight.shape[0], *windows.count), dtype="float32")
     if math.prod(out.shape):
-        launch_tiles(
-            xp, x, xp.reshape(weight, (groups, outputs, *weight.shape[1:])), None if bias is None else row_by_row(bias),
-            out, windows.size, windows.stride, windows.dilation, borders_before(windows), (1, 1), activation == "relu",
-        )  # fmt: skip
+        weight, bias = (
+            xp.reshape(weight, (groups, outputs, *weight.shape[1:])),
+            None if bias is None else row_by_row(bias),
+        )
+        geometry = windows.size, windows.stride, windows.dilation, borders_before(windows), (1, 1)
+        launch_tiles(xp, x, weight, bias, out, *geometry, 0 if activation == "relu" else -math.inf)
     return out
 
 
@@ -435,7 +473,7 @@ def convolution_input_gradient(xp: Any, g: Any, weight: Any, *, windows: Any, gr
     elif math.prod(out.shape):
         turned = xp.permute_dims(xp.reshape(weight, (groups, outputs, *weight.shape[1:])), (0, 2, 1, 3, 4))
         back = tuple(-d for d in windows.dilation), tuple(-n for n in before)
-        launch_tiles(xp, g, turned, None, out, windows.size, (1, 1), *back, windows.stride, False)
+        launch_tiles(xp, g, turned, None, out, windows.size, (1, 1), *back, windows.stride, -math.inf)
     return out
 
 
@@ -448,17 +486,14 @@ def convolution_weight_gradient(xp: Any, g: Any, x: Any, *, windows: Any, groups
         run(weigh_by_elements, math.prod(out.shape), THREADS, row_by_row(g), row_by_row(x), out, *shape[1:])
         return out
     rows, taps, places = rows_for(outputs), channels * math.prod(windows.size), g.shape[0] * math.prod(windows.count)
+
+    def launch(sums: Any, bias: Any, least: Any, parts: int, each: int) -> None:
+        run(
+            weigh_for(rows), tiles * parts, (SIDE, SIDE), flat(xp, g), flat(xp, x), sums, g.shape, x.shape, *shape,
+            each * SIDE,
+        )  # fmt: skip
+
     tiles = blocks_for(outputs, rows * SIDE) * blocks_for(taps, TILE) * groups
     if tiles:
-        parts = max(1, min(ENOUGH_BLOCKS // tiles, places // LEAST_PIXELS))
-        each = blocks_for(blocks_for(places, parts), SIDE) * SIDE
-        parts = max(1, blocks_for(places, max(1, each)))
-        sums = out if parts == 1 else xp.empty((parts, *out.shape), dtype="float32")
-        run(
-            weigh_for(rows), tiles * parts, (SIDE, SIDE), flat(xp, g), flat(xp, x), xp.reshape(sums, (-1,)), g.shape,
-            x.shape, *shape, each,
-        )  # fmt: skip
-        if parts > 1:
-            size = math.prod(out.shape)
-            run(add_parts, blocks_for(size), THREADS, xp.reshape(sums, (parts, size)), xp.reshape(out, (size,)))
+        in_parts(xp, out, tiles, blocks_for(places, SIDE), None, -math.inf, launch)
     return out
