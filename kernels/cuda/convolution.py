@@ -3,11 +3,13 @@
 `convolution_by_elements` is as readable as it gets: one thread for each element of the result, and the loops of the
 formula in it. Each multiplication fetches two numbers, though. The others have tiles, as `matmul` has: a block of
 SIDE × SIDE threads brings a piece of both matrices into shared memory, and each thread multiplies SIDE numbers of the
-one by SIDE of the other, so that a number is fetched once for SIDE multiplications, into registers. What the right
-matrix would have in a column, the pixels of a window, is read from where it lies in the picture. The next pieces are
-on their way from memory while those at hand are multiplied.
+one by SIDE of the other, which it holds in registers: one fetch for SIDE / 2 multiplications. What the right matrix
+would have in a column, the pixels of a window, is read from where it lies in the picture. The next pieces are on their
+way from memory while those at hand are multiplied.
 
-Nothing is added up in an order of chance: the same inputs give the same bits.
+The input's gradient is such a convolution, too, and the weight's is a sum over all windows. Where tiles are few and sums
+long, blocks share the sums out among them, and a second kernel adds up what they found, always in the same order: the
+same inputs give the same bits.
 """
 
 from __future__ import annotations
@@ -35,6 +37,7 @@ TILE = SIDE * SIDE  # columns of a tile, and threads of a block
 FEW = 4  # results for each pixel, of which tiles would be mostly empty
 ENOUGH_BLOCKS = 8 if SIMULATED else 1024  # to keep all of a GPU busy
 LEAST_STEPS = 4 if SIMULATED else 32  # of SIDE multiplications each, that are worth a block
+MOST_STEPS = 1 << 13  # which are added up before rounding tells
 
 
 # -- one thread for each element ---------------------------------------------------------------------------------------
@@ -391,18 +394,19 @@ def borders_before(windows: Any) -> tuple[int, int]:
 
 
 def in_parts(xp: Any, out: Any, tiles: int, steps: int, bias: Any, least: float, launch: Callable[..., None]) -> None:
-    """Fill `out` by `launch(out, bias, least, parts, each)`, where that many tiles of as many steps are too few to keep
-    a GPU busy in parts of `each` steps, which are added up at the end."""
-    parts = max(1, min(ENOUGH_BLOCKS // tiles, steps // LEAST_STEPS))
+    """Fill `out` by `launch(out, bias, least, parts, each)`: tiles of that many steps. Where they are too few to keep a
+    GPU busy, each is made in parts of `each` steps, which are added up at the end."""
+    parts = max(1, min(ENOUGH_BLOCKS // tiles, steps // LEAST_STEPS), steps // MOST_STEPS)
     each = max(1, blocks_for(steps, parts))
-    parts, size, least = max(1, blocks_for(steps, each)), math.prod(out.shape), np.float32(least)
+    parts, size = max(1, blocks_for(steps, each)), math.prod(out.shape)
+    flat_out = xp.reshape(out, (size,))
     if parts == 1:
-        launch(xp.reshape(out, (size,)), bias, least, 1, each)
+        launch(flat_out, bias, np.float32(least), 1, each)
     else:
         sums = xp.empty((parts, size), dtype="float32")
         launch(xp.reshape(sums, (parts * size,)), None, np.float32(-math.inf), parts, each)
         windows = math.prod(out.shape[2:])
-        run(add_parts, blocks_for(size), THREADS, sums, bias, xp.reshape(out, (size,)), windows, least)
+        run(add_parts, blocks_for(size), THREADS, sums, bias, flat_out, windows, np.float32(least))
 
 
 def launch_tiles(
@@ -448,10 +452,8 @@ def convolution(
         return convolution_by_elements(xp, x, weight, bias, windows=windows, groups=groups, activation=activation)
     out = xp.empty((x.shape[0], weight.shape[0], *windows.count), dtype="float32")
     if math.prod(out.shape):
-        weight, bias = (
-            xp.reshape(weight, (groups, outputs, *weight.shape[1:])),
-            None if bias is None else row_by_row(bias),
-        )
+        weight = xp.reshape(weight, (groups, outputs, *weight.shape[1:]))
+        bias = None if bias is None else row_by_row(bias)
         geometry = windows.size, windows.stride, windows.dilation, borders_before(windows), (1, 1)
         launch_tiles(xp, x, weight, bias, out, *geometry, 0 if activation == "relu" else -math.inf)
     return out
