@@ -7,9 +7,9 @@ one by SIDE of the other, which it holds in registers: one fetch for SIDE / 2 mu
 would have in a column, the pixels of a window, is read from where it lies in the picture. The next pieces are on their
 way from memory while those at hand are multiplied.
 
-The input's gradient is such a convolution, too, and the weight's is a sum over all windows. Where tiles are few and sums
-long, blocks share the sums out among them, and a second kernel adds up what they found, always in the same order: the
-same inputs give the same bits.
+The input's gradient is such a convolution, too, and the weight's is a sum over all windows. Where tiles are few and
+sums long, blocks share the sums out among them, and a second kernel adds up what they found, always in the same order:
+the same inputs give the same bits.
 """
 
 from __future__ import annotations

@@ -55,8 +55,8 @@ def check_all_three(
 
 @given(
     geometries(5, 3) if SIMULATED else geometries(), st.integers(0, 2 if SIMULATED else 5), st.integers(1, 5),
-    st.integers(1, 20), st.integers(1, 2 if SIMULATED else 3), st.integers(0, 1 << 30), st.sampled_from(LAYOUTS),
-    st.booleans(), st.booleans(),
+    st.integers(1, 12 if SIMULATED else 20), st.integers(1, 2 if SIMULATED else 3), st.integers(0, 1 << 30),
+    st.sampled_from(LAYOUTS), st.booleans(), st.booleans(),
 )  # fmt: skip
 @drawn(200)
 def test_any_geometry(

@@ -37,7 +37,7 @@ def convolved(x: Any, weight: Any, bias: Any, windows: Windows, channels: int, r
 
 
 @given(
-    geometries(7, 2) if SIMULATED else geometries(), st.integers(0, 3), st.integers(1, 3 if SIMULATED else 5),
+    geometries(5, 2) if SIMULATED else geometries(), st.integers(0, 3), st.integers(1, 2 if SIMULATED else 5),
     st.integers(1, 3), st.sampled_from(LAYOUTS), st.booleans(), st.booleans(), st.integers(0, 1 << 30),
 )  # fmt: skip
 @drawn(150)
