@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import numpy as np
 import pytest
@@ -11,7 +12,7 @@ from hypothesis import strategies as st
 
 from tests.kernels.pictures import XP, geometries, near
 from tinytorch import m09_spatial as m09
-from tinytorch.kernels.cuda.convolution import convolution
+from tinytorch.kernels.cuda.convolution import convolution, convolution_by_elements
 from tinytorch.kernels.cuda.matmul import TILE, matmul, matmul_by_elements
 from tinytorch.m09_spatial import Windows
 
@@ -40,24 +41,29 @@ def test_matmul_of_arrays_that_do_not_lie_row_by_row(multiply: object) -> None:
     np.testing.assert_array_equal(np.isfinite(multiply(XP, a, b)).all(1), [True, False, True, True])
 
 
+@pytest.mark.parametrize("convolve", [convolution, convolution_by_elements])
 @given(
-    geometries(7, 3), st.integers(1, 2), st.sampled_from([(1, 1, 1), (2, 3, 1), (4, 2, 2), (2, 4, 2)]), st.booleans(),
+    geometries(7, 3), st.integers(1, 2), st.sampled_from([(1, 1, 1), (2, 6, 1), (4, 8, 2), (2, 4, 2)]), st.booleans(),
     st.booleans(), st.integers(0, 1 << 30),
 )  # fmt: skip
-@settings(deadline=None, max_examples=25)
-def test_convolution(windows: Windows, count: int, channels: tuple, biased: bool, relu: bool, seed: int) -> None:
+@settings(deadline=None, max_examples=12)
+def test_convolution(
+    convolve: Any, windows: Windows, count: int, channels: tuple, biased: bool, relu: bool, seed: int
+) -> None:
     inputs, outputs, groups = channels
     x, weight = randn(seed, count, inputs, *windows.shape), randn(seed + 1, outputs, inputs // groups, *windows.size)
     bias = randn(seed + 2, outputs) if biased else None
-    out = convolution(XP, x, weight, bias, windows=windows, groups=groups, activation="relu" if relu else None)
+    out = convolve(XP, x, weight, bias, windows=windows, groups=groups, activation="relu" if relu else None)
     doubles = [None if a is None else a.astype("float64") for a in (x, weight, bias)]
     expected = m09.convolution.function(XP, *doubles, windows=windows, groups=groups)
     near(out, np.maximum(expected, 0) if relu else expected)
 
 
-def test_nan_stays_under_relu_and_nothing_gives_nothing() -> None:
+@pytest.mark.parametrize("outputs", [1, 4])
+def test_nan_stays_under_relu_and_nothing_gives_nothing(outputs: int) -> None:
     windows = m09.lay_windows("test", (2, 2), (1, 1), (1, 1), ((0, 0), (0, 0)), (1, 1))
     x = np.array([[[[math.nan, -1.0], [2.0, math.inf]]]], "float32")
-    out = convolution(XP, x, np.ones((1, 1, 1, 1), "float32"), windows=windows, groups=1, activation="relu")
-    np.testing.assert_array_equal(out, [[[[math.nan, 0], [2, math.inf]]]])
-    assert convolution(XP, x[:0], np.ones((1, 1, 1, 1), "float32"), windows=windows, groups=1).shape == (0, 1, 2, 2)
+    weight = np.ones((outputs, 1, 1, 1), "float32")
+    out = convolution(XP, x, weight, windows=windows, groups=1, activation="relu")
+    np.testing.assert_array_equal(out, [[[[math.nan, 0], [2, math.inf]]] * outputs])
+    assert convolution(XP, x[:0], weight, windows=windows, groups=1).shape == (0, outputs, 2, 2)

@@ -8,17 +8,17 @@ from typing import Any
 import numba
 import numpy as np
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from tests.kernels.guarded import guarded, guarded_empty
 from tests.kernels.pictures import LAYOUTS, XP, geometries, laid_out, near, windows_of
+from tests.kernels.place import SIMULATED, WHERE, cpu_only, drawn, kernels
 from tinytorch import m09_spatial as m09
-from tinytorch.kernels.cpu import convolution as kernels
 from tinytorch.kernels.cpu.vectors import LANES
 from tinytorch.m09_spatial import Windows, lay_windows
 
-PLANS = (kernels.forward_plan, kernels.backward_plan)
+conv = kernels("convolution")
 
 
 def randn(seed: int, *shape: int) -> np.ndarray:
@@ -39,25 +39,26 @@ def check_all_three(
     x = laid_out(randn(seed, count, channels * groups, *windows.shape), layout)
     weight = laid_out(randn(seed + 1, outputs * groups, channels, *windows.size), layout)
     bias = laid_out(randn(seed + 2, outputs * groups), layout) if biased else None
-    out = kernels.convolution(XP, x, weight, bias, **shape, activation="relu" if rectified else None)
+    out = conv.convolution(XP, x, weight, bias, **shape, activation="relu" if rectified else None)
     expected = reference(m09.convolution, x, weight, bias, **shape)
     near(out, np.maximum(expected, 0) if rectified else expected)
     g = laid_out(randn(seed + 3, *out.shape), layout)
     near(
-        kernels.convolution_input_gradient(XP, g, weight, **shape),
+        conv.convolution_input_gradient(XP, g, weight, **shape),
         reference(m09.convolution_input_gradient, g, weight, **shape),
     )
     near(
-        kernels.convolution_weight_gradient(XP, g, x, **shape),
+        conv.convolution_weight_gradient(XP, g, x, **shape),
         reference(m09.convolution_weight_gradient, g, x, **shape),
     )
 
 
 @given(
-    geometries(), st.integers(0, 5), st.integers(1, 5), st.integers(1, 20), st.integers(1, 3), st.integers(0, 1 << 30),
+    geometries(5, 3) if SIMULATED else geometries(), st.integers(0, 2 if SIMULATED else 5), st.integers(1, 5),
+    st.integers(1, 12 if SIMULATED else 20), st.integers(1, 2 if SIMULATED else 3), st.integers(0, 1 << 30),
     st.sampled_from(LAYOUTS), st.booleans(), st.booleans(),
 )  # fmt: skip
-@settings(deadline=None, max_examples=200)
+@drawn(200)
 def test_any_geometry(
     windows: Windows, count: int, channels: int, outputs: int, groups: int, seed: int, layout: str, biased: bool,
     rectified: bool,
@@ -65,6 +66,7 @@ def test_any_geometry(
     check_all_three(windows, count, channels, outputs, groups, seed, layout, biased, rectified)
 
 
+@pytest.mark.skipif(SIMULATED, reason="too large for the simulator")
 @pytest.mark.parametrize(
     ("shape", "size", "stride", "padding", "count", "channels", "outputs"),
     [
@@ -88,53 +90,94 @@ def test_geometries_of_networks(
     check_all_three(windows_of(shape, size, stride, padding), count, channels, outputs, groups=1)
 
 
+TILE = getattr(conv, "TILE", 16)  # of CUDA's kernels: so many results by so many
+
+
+@pytest.mark.parametrize(
+    ("width", "count", "channels", "outputs", "groups"),
+    [
+        (TILE + 1, 1, 5, TILE + 1, 1),
+        (TILE - 1, 1, TILE + 1, 4, 1),
+        (TILE // 2, 2, TILE // 2, TILE // 2, 1),  # whole tiles of both heights
+        (TILE, 1, TILE, TILE, 1),
+        (3, 2, 3, 5, 3),
+        (2, 2, 4, 3, 2),
+    ],
+)
+def test_around_the_edges_of_tiles(width: int, count: int, channels: int, outputs: int, groups: int) -> None:
+    check_all_three(windows_of((1, width), 1), count, channels, outputs, groups)
+
+
+@pytest.mark.parametrize(
+    ("size", "stride", "dilation"), [(3, 2, 2), (3, 4, 2), (2, 6, 4), (2, 3, 1), (3, 2, 3), (2, 1, 3)]
+)
+def test_strides_and_dilations_that_meet_some_pixels_only(size: int, stride: int, dilation: int) -> None:
+    check_all_three(windows_of((8, 9), size, stride, 2, dilation), 1, 4, 4, 1)
+
+
+@pytest.mark.skipif(WHERE != "cuda", reason="how CUDA's kernels part sums")
+def test_long_sums_are_parted_among_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
+    launched, run = [], conv.run
+    monkeypatch.setattr(conv, "run", lambda kernel, *arguments: (launched.append(kernel), run(kernel, *arguments)))
+    channels = (conv.LEAST_STEPS - 1) * conv.SIDE  # so that parts begin amid the channels of a tap
+    for size, shape, inputs, outputs in ((2, (2, 3), channels, 4), (1, (7 * conv.LEAST_STEPS, 5), 2, 5)):
+        check_all_three(windows_of(shape, size), 1, inputs, outputs, 1)
+        assert conv.add_parts in launched
+        launched.clear()
+    geometry: dict[str, Any] = {"windows": windows_of((2, 3), 2), "groups": 1}
+    x, weight = randn(0, 1, channels, 2, 3), randn(1, 4, channels, 2, 2)
+    once, again = (conv.convolution(XP, x, weight, **geometry) for _ in range(2))
+    np.testing.assert_array_equal(once, again)
+
+
 def test_nothing_in_gives_nothing_or_the_bias() -> None:
     windows, bias = windows_of((5, 6), 3, 1, 1), randn(0, 4)
     x, weight, g = np.zeros((2, 0, 5, 6), "float32"), np.zeros((4, 0, 3, 3), "float32"), randn(1, 2, 4, 5, 6)
-    out = kernels.convolution(XP, x, weight, bias, windows=windows, groups=1, activation=None)
+    out = conv.convolution(XP, x, weight, bias, windows=windows, groups=1, activation=None)
     np.testing.assert_array_equal(out, np.broadcast_to(bias[:, None, None], (2, 4, 5, 6)))
-    assert kernels.convolution_input_gradient(XP, g, weight, windows=windows, groups=1).shape == x.shape
-    assert kernels.convolution_weight_gradient(XP, g, x, windows=windows, groups=1).shape == weight.shape
+    assert conv.convolution_input_gradient(XP, g, weight, windows=windows, groups=1).shape == x.shape
+    assert conv.convolution_weight_gradient(XP, g, x, windows=windows, groups=1).shape == weight.shape
     x, weight, g = randn(0, 2, 3, 5, 6), np.zeros((0, 3, 3, 3), "float32"), np.zeros((2, 0, 5, 6), "float32")
-    assert kernels.convolution(XP, x, weight, None, windows=windows, groups=1).shape == g.shape
-    assert not kernels.convolution_input_gradient(XP, g, weight, windows=windows, groups=1).any()
-    assert kernels.convolution_weight_gradient(XP, g, x, windows=windows, groups=1).shape == weight.shape
+    assert conv.convolution(XP, x, weight, None, windows=windows, groups=1).shape == g.shape
+    assert not conv.convolution_input_gradient(XP, g, weight, windows=windows, groups=1).any()
+    assert conv.convolution_weight_gradient(XP, g, x, windows=windows, groups=1).shape == weight.shape
     windows = lay_windows("test", (0, 6), (3, 3), (1, 1), ((2, 2), (1, 1)), (1, 1))
     x, weight = np.zeros((2, 3, 0, 6), "float32"), randn(0, 4, 3, 3, 3)
-    out = kernels.convolution(XP, x, weight, bias, windows=windows, groups=1)
+    out = conv.convolution(XP, x, weight, bias, windows=windows, groups=1)
     np.testing.assert_array_equal(out, np.broadcast_to(bias[:, None, None], (2, 4, 2, 6)))
-    assert not kernels.convolution_weight_gradient(XP, out, x, windows=windows, groups=1).any()
+    assert not conv.convolution_weight_gradient(XP, out, x, windows=windows, groups=1).any()
 
 
-@pytest.mark.parametrize(("width", "stride"), [(32, 1), (21, 1), (32, 2), (7, 2)])
+@pytest.mark.parametrize(("width", "stride"), [(5, 1), (7, 2)] if SIMULATED else [(32, 1), (21, 1), (32, 2), (7, 2)])
 def test_nan_and_infinity_go_where_windows_see_them(width: int, stride: int) -> None:
     shape: dict[str, Any] = {"windows": windows_of((7, width), 3, stride, 1), "groups": 1}
     x, weight = randn(0, 3, 2, 7, width), np.abs(randn(1, 9, 2, 3, 3))
     x[0, 0, 2, 0], x[1, 1, 5, width - 1] = math.nan, math.inf
-    out = kernels.convolution(XP, x, weight, **shape, activation="relu")
+    out = conv.convolution(XP, x, weight, **shape, activation="relu")
     near(out, np.maximum(reference(m09.convolution, x, weight, None, **shape), 0))
     assert np.isnan(out).any()
     assert np.isinf(out).any()
     g = np.abs(randn(2, *out.shape))
-    gradient = kernels.convolution_weight_gradient(XP, g[1:], x[1:], **shape)
+    gradient = conv.convolution_weight_gradient(XP, g[1:], x[1:], **shape)
     near(gradient, reference(m09.convolution_weight_gradient, g[1:], x[1:], **shape))
     assert np.isinf(gradient).any()
     g[0, 3, 1, 1], g[1, 2, 0, 2] = math.nan, math.inf
-    back = kernels.convolution_input_gradient(XP, g, weight, **shape)
+    back = conv.convolution_input_gradient(XP, g, weight, **shape)
     near(back, reference(m09.convolution_input_gradient, g, weight, **shape))
     assert np.isnan(back).any()
     assert np.isinf(back).any()
 
 
+@cpu_only
 @pytest.mark.parametrize("count", [1, 3, 8])
 def test_one_core_and_several_give_the_same(count: int) -> None:
     shape: dict[str, Any] = {"windows": windows_of((30, 32), 3, 1, 1), "groups": 1}
     x, weight, bias = randn(0, count, 24, 30, 32), randn(1, 32, 24, 3, 3), randn(2, 32)
 
     def compute() -> list[np.ndarray]:
-        out = kernels.convolution(XP, x, weight, bias, **shape, activation="relu")
-        back = kernels.convolution_input_gradient(XP, out, weight, **shape)
-        return [out, back, kernels.convolution_weight_gradient(XP, out, x, **shape)]
+        out = conv.convolution(XP, x, weight, bias, **shape, activation="relu")
+        back = conv.convolution_input_gradient(XP, out, weight, **shape)
+        return [out, back, conv.convolution_weight_gradient(XP, out, x, **shape)]
 
     several, again, threads = compute(), compute(), numba.get_num_threads()
     numba.set_num_threads(1)
@@ -149,19 +192,21 @@ def test_one_core_and_several_give_the_same(count: int) -> None:
     near(alone[2], several[2].astype("float64"))  # each core has sums of its own, which are added up at the end
 
 
+@cpu_only
 def test_without_a_free_pool_sums_are_rounded_in_the_same_way(monkeypatch: pytest.MonkeyPatch) -> None:
     shape: dict[str, Any] = {"windows": windows_of((32, 32), 3, 1, 1), "groups": 1}
     g, x = randn(0, 7, 32, 32, 32), randn(1, 7, 24, 32, 32)
-    expected = kernels.convolution_weight_gradient(XP, g, x, **shape)
-    monkeypatch.setattr(kernels, "run", lambda serial, parallel, work, *arguments: serial(*arguments))
-    np.testing.assert_array_equal(kernels.convolution_weight_gradient(XP, g, x, **shape), expected)
+    expected = conv.convolution_weight_gradient(XP, g, x, **shape)
+    monkeypatch.setattr(conv, "run", lambda serial, parallel, work, *arguments: serial(*arguments))
+    np.testing.assert_array_equal(conv.convolution_weight_gradient(XP, g, x, **shape), expected)
 
 
+@cpu_only
 @given(geometries(), st.integers(1, 9), st.integers(1, 3), st.integers(1, 3), st.integers(1, 9))
-@settings(deadline=None, max_examples=300)
+@drawn(300)
 def test_plans_stay_inside(windows: Windows, channels: int, groups: int, bands: int, pictures: int) -> None:
     """What tiles read lies in the scratch, or directly in the pictures, and what they write in the results."""
-    for make, lead in zip(PLANS, (channels, 2), strict=True):
+    for make, lead in zip((conv.forward_plan, conv.backward_plan), (channels, 2), strict=True):
         plan = make(windows, groups * channels, groups * 2, groups, bands, pictures)
         assert plan.picture_bytes % 4 == 0
         room = plan.pictures * plan.picture_bytes + (0 if plan.direct else 4 * LANES)
@@ -182,6 +227,7 @@ def test_plans_stay_inside(windows: Windows, channels: int, groups: int, bands: 
         assert (seen[real, 1] - plan.column_stride < plan.width).all()
 
 
+@cpu_only
 @pytest.mark.parametrize("end", [True, False])
 def test_no_access_outside_of_the_arrays(end: bool) -> None:
     """Each kernel itself, on arrays that end or begin at a protected page."""
@@ -193,41 +239,40 @@ def test_no_access_outside_of_the_arrays(end: bool) -> None:
                     guarded(randn(0, 3, *shape), end) for shape in ((channels, 5, width), (outputs, *windows.count))
                 )
                 weight, bias = guarded(randn(1, outputs, channels, size, size), end), guarded(randn(2, outputs), end)
-                plan = kernels.forward_plan(windows, channels, outputs, 1, bands, pictures)
+                plan = conv.forward_plan(windows, channels, outputs, 1, bands, pictures)
                 jobs, out = -(-3 // plan.pictures) * plan.bands, guarded_empty(g.shape, end=end)
-                kernels.convolve(0, jobs, x, weight, bias, out, plan, 1, False)
+                conv.convolve(0, jobs, x, weight, bias, out, plan, 1, False)
                 near(out, reference(m09.convolution, x, weight, bias, windows=windows, groups=1))
 
                 taps = channels * size * size
                 sums = guarded(np.zeros((1, 1, taps, -(-outputs // LANES) * LANES), "float32"), end)
                 gradient = guarded_empty((outputs, taps), end=end)
-                kernels.weight_gradient(0, g, x, sums, gradient, plan, 1, jobs)
+                conv.weight_gradient(0, g, x, sums, gradient, plan, 1, jobs)
                 expected = reference(m09.convolution_weight_gradient, g, x, windows=windows, groups=1)
                 near(gradient, expected.reshape(outputs, -1))
 
                 if not plan.direct:
                     scratch = guarded(np.zeros(plan.picture_bytes // 4, "float32"), end)
                     for top in {0, plan.last_band}:
-                        kernels.lay_out(scratch.ctypes.data, x[-1].ctypes.data, plan, top)
+                        conv.lay_out(scratch.ctypes.data, x[-1].ctypes.data, plan, top)
                         assert np.isin(scratch, [0, *x[-1].ravel()]).all()
 
-                plan, zeros = kernels.backward_plan(windows, channels, outputs, 1, bands, pictures), np.zeros_like
+                plan, zeros = conv.backward_plan(windows, channels, outputs, 1, bands, pictures), np.zeros_like
                 jobs, back = -(-3 // plan.pictures) * plan.bands, guarded_empty(x.shape, end=end)
-                kernels.convolve(
-                    0, jobs, g, weight, guarded(zeros(bias[:1]).repeat(channels), end), back, plan, 1, False
-                )
+                conv.convolve(0, jobs, g, weight, guarded(zeros(bias[:1]).repeat(channels), end), back, plan, 1, False)
                 near(back, reference(m09.convolution_input_gradient, g, weight, windows=windows, groups=1))
 
 
+@cpu_only
 def test_a_vector_kernel_of_each_kind_is_what_it_says() -> None:
     block, turned = randn(0, LANES, LANES), np.zeros((LANES, LANES), "float32")
-    kernels.turn(turned.ctypes.data, block.ctypes.data, LANES, LANES, LANES)
+    conv.turn(turned.ctypes.data, block.ctypes.data, LANES, LANES, LANES)
     np.testing.assert_array_equal(turned, block.T)
     for stride in (1, 2, 3):
         for count in (1, LANES - 1, LANES, 2 * LANES + 3):
             source = guarded(randn(1, 3, (count - 1) * stride + 1))
             target = guarded_empty((3, count))
-            kernels.copy_rows(
+            conv.copy_rows(
                 target.ctypes.data, target.strides[0], source.ctypes.data, source.strides[0], 3, count, stride
             )  # fmt: skip
             np.testing.assert_array_equal(target, source[:, ::stride])
@@ -235,5 +280,5 @@ def test_a_vector_kernel_of_each_kind_is_what_it_says() -> None:
         for count in (1, LANES, 2 * LANES - 1, 4 * LANES + 1):
             buffer = guarded(randn(2, phases, -(-count // phases) + LANES))
             target = guarded_empty(count)
-            kernels.weave(target.ctypes.data, buffer.ctypes.data, buffer.strides[0], phases, count)
+            conv.weave(target.ctypes.data, buffer.ctypes.data, buffer.strides[0], phases, count)
             np.testing.assert_array_equal(target, buffer.T.ravel()[:count])

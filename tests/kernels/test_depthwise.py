@@ -7,14 +7,22 @@ from typing import Any
 
 import numpy as np
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from tests.kernels.guarded import guarded, guarded_empty
 from tests.kernels.pictures import LAYOUTS, XP, geometries, laid_out, near, windows_of
+from tests.kernels.place import SIMULATED, WHERE, cpu_only, drawn, kernels
 from tinytorch import m09_spatial as m09
 from tinytorch.kernels.cpu import depthwise, lines
 from tinytorch.m09_spatial import Windows
+
+if WHERE == "cpu":
+    forward, backward = depthwise.depthwise_convolution, depthwise.depthwise_input_gradient
+    weigh = depthwise.depthwise_weight_gradient
+else:  # where convolutions are the same kernels, whatever the groups
+    conv = kernels("convolution")
+    forward, backward, weigh = conv.convolution, conv.convolution_input_gradient, conv.convolution_weight_gradient
 
 
 def randn(seed: int, *shape: int) -> np.ndarray:
@@ -29,10 +37,10 @@ def convolved(x: Any, weight: Any, bias: Any, windows: Windows, channels: int, r
 
 
 @given(
-    geometries(), st.integers(0, 3), st.integers(1, 5), st.integers(1, 3), st.sampled_from(LAYOUTS), st.booleans(),
-    st.booleans(), st.integers(0, 1 << 30),
+    geometries(5, 2) if SIMULATED else geometries(), st.integers(0, 3), st.integers(1, 2 if SIMULATED else 5),
+    st.integers(1, 3), st.sampled_from(LAYOUTS), st.booleans(), st.booleans(), st.integers(0, 1 << 30),
 )  # fmt: skip
-@settings(deadline=None, max_examples=150)
+@drawn(150)
 def test_all_three(
     windows: Windows, count: int, channels: int, multiplier: int, layout: str, biased: bool, relu: bool, seed: int
 ) -> None:
@@ -40,15 +48,15 @@ def test_all_three(
     weight = laid_out(randn(seed + 1, channels * multiplier, 1, *windows.size), layout)
     bias = laid_out(randn(seed + 2, channels * multiplier), layout) if biased else None
     shape: dict[str, Any] = {"windows": windows, "groups": channels}
-    out = depthwise.depthwise_convolution(XP, x, weight, bias, **shape, activation="relu" if relu else None)
+    out = forward(XP, x, weight, bias, **shape, activation="relu" if relu else None)
     near(out, convolved(x, weight, bias, windows, channels, relu))
 
     g = laid_out(randn(seed + 3, *out.shape), layout)
     doubles = [a.astype("float64") for a in (g, weight, x)]
     expected = m09.convolution_input_gradient.function(XP, *doubles[:2], **shape)
-    near(depthwise.depthwise_input_gradient(XP, g, weight, **shape), expected)
+    near(backward(XP, g, weight, **shape), expected)
     expected = m09.convolution_weight_gradient.function(XP, doubles[0], doubles[2], **shape)
-    near(depthwise.depthwise_weight_gradient(XP, g, x, **shape), expected)
+    near(weigh(XP, g, x, **shape), expected)
 
 
 @pytest.mark.parametrize(("stride", "padding"), [(1, 1), (2, 1), (1, 0)])
@@ -57,37 +65,33 @@ def test_nan_and_infinity_go_where_windows_see_them(stride: int, padding: int) -
     shape: dict[str, Any] = {"windows": windows, "groups": 2}
     x, weight = np.ones((1, 2, 7, 21), "float32"), np.ones((2, 1, 3, 3), "float32")
     x[0, 0, 2, 0], x[0, 1, 5, 20] = math.nan, math.inf
-    out = depthwise.depthwise_convolution(XP, x, weight, **shape, activation="relu")
+    out = forward(XP, x, weight, **shape, activation="relu")
     np.testing.assert_array_equal(out, convolved(x, weight, None, windows, 2, relu=True))
     assert np.isnan(out).any()
     assert np.isinf(out).any()
     g = np.ones_like(out)
-    gradient = depthwise.depthwise_weight_gradient(XP, g, x, **shape)  # a place may be seen by some weights only
+    gradient = weigh(XP, g, x, **shape)  # a place may be seen by some weights only
     np.testing.assert_allclose(gradient, m09.convolution_weight_gradient.function(XP, g, x, **shape), rtol=1e-6)
     assert np.isinf(gradient).any()
     assert np.isfinite(gradient).any()
 
 
+@cpu_only
 def test_one_core_and_several_give_the_same() -> None:
     shape: dict[str, Any] = {"windows": windows_of((32, 32), 3, 1, 1), "groups": 64}
     x, weight, bias = randn(0, 3, 64, 32, 32), randn(1, 64, 1, 3, 3), randn(2, 64)
-    out = depthwise.depthwise_convolution(XP, x, weight, bias, **shape)
-    back = depthwise.depthwise_input_gradient(XP, out, weight, **shape)
-    gradient = depthwise.depthwise_weight_gradient(XP, out, x, **shape)
+    out = forward(XP, x, weight, bias, **shape)
+    back = backward(XP, out, weight, **shape)
+    gradient = weigh(XP, out, x, **shape)
     shape["groups"] = 1
     for channel in (0, 31, 63):  # so little work is done by one
         one = slice(channel, channel + 1)
-        np.testing.assert_array_equal(
-            depthwise.depthwise_convolution(XP, x[:, one], weight[one], bias[one], **shape), out[:, one]
-        )
-        np.testing.assert_array_equal(
-            depthwise.depthwise_input_gradient(XP, out[:, one], weight[one], **shape), back[:, one]
-        )
-        np.testing.assert_array_equal(
-            depthwise.depthwise_weight_gradient(XP, out[:, one], x[:, one], **shape), gradient[one]
-        )
+        np.testing.assert_array_equal(forward(XP, x[:, one], weight[one], bias[one], **shape), out[:, one])
+        np.testing.assert_array_equal(backward(XP, out[:, one], weight[one], **shape), back[:, one])
+        np.testing.assert_array_equal(weigh(XP, out[:, one], x[:, one], **shape), gradient[one])
 
 
+@cpu_only
 @pytest.mark.parametrize("end", [True, False])
 def test_no_access_outside_of_the_arrays(end: bool) -> None:
     """Each kernel itself, on arrays that end or begin at a protected page."""

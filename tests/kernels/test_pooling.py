@@ -7,17 +7,19 @@ from typing import Any
 
 import numpy as np
 import pytest
-from hypothesis import example, given, settings
+from hypothesis import example, given
 from hypothesis import strategies as st
 
 from tests.kernels.guarded import guarded, guarded_empty
 from tests.kernels.pictures import LAYOUTS, XP, geometries, laid_out, near, windows_of
+from tests.kernels.place import SIMULATED, cpu_only, drawn, kernels
 from tinytorch import m09_spatial as m09
 from tinytorch import m09_spatial_appendix as appendix
-from tinytorch.kernels.cpu import pooling
 from tinytorch.m09_spatial import Windows
 
+pooling = kernels("pooling")
 HALVES = windows_of((8, 6), 2, 2)
+drawn_windows = geometries(9, 3) if SIMULATED else geometries()
 leads = st.sampled_from([(), (1,), (3,), (2, 3), (0, 2), (2, 0)])
 layouts = st.sampled_from(LAYOUTS)
 seeds = st.integers(0, 1 << 30)
@@ -33,10 +35,10 @@ def pixels(seed: int, shape: tuple, special: bool = False) -> np.ndarray:
     return x
 
 
-@given(geometries(), leads, layouts, seeds, st.booleans())
+@given(drawn_windows, leads, layouts, seeds, st.booleans())
 @example(HALVES, (3,), "plain", 0, False)
 @example(windows_of((4, 66), 2, 2), (3,), "plain", 0, True)
-@settings(deadline=None, max_examples=150)
+@drawn(150)
 def test_max_pool_both_ways(windows: Windows, lead: tuple, layout: str, seed: int, special: bool) -> None:
     x = laid_out(pixels(seed, (*lead, *windows.shape), special), layout)
     double = x.astype("float64")
@@ -56,8 +58,8 @@ def test_max_pool_both_ways(windows: Windows, lead: tuple, layout: str, seed: in
     np.testing.assert_array_equal(picked, expected)
 
 
-@given(geometries(), leads, seeds)
-@settings(deadline=None, max_examples=30)
+@given(drawn_windows, leads, seeds)
+@drawn(30)
 def test_indices_of_maxima(windows: Windows, lead: tuple, seed: int) -> None:
     x = pixels(seed, (*lead, *windows.shape))
     numbers = np.broadcast_to(np.arange(math.prod(windows.shape)).reshape(windows.shape), x.shape)
@@ -67,10 +69,12 @@ def test_indices_of_maxima(windows: Windows, lead: tuple, seed: int) -> None:
     np.testing.assert_array_equal(indices, m09.gather_from_maxima.function(XP, numbers, x, out, windows=windows))
 
 
-@given(geometries(averages=True), leads, layouts, seeds, st.booleans(), st.sampled_from([None, 3]))
+@given(
+    geometries(9 if SIMULATED else 40, averages=True), leads, layouts, seeds, st.booleans(), st.sampled_from([None, 3])
+)
 @example(HALVES, (3,), "plain", 0, False, None)
 @example(windows_of((4, 66), 2, 2), (3,), "plain", 0, True, 3)
-@settings(deadline=None, max_examples=150)
+@drawn(150)
 def test_avg_pool_both_ways(
     windows: Windows, lead: tuple, layout: str, seed: int, count_padding: bool, divisor: int | None
 ) -> None:
@@ -102,6 +106,7 @@ def test_nan_and_infinity_stay_in_their_windows(windows: Windows) -> None:
     assert np.isinf(spread).sum() == 1
 
 
+@cpu_only
 def test_one_core_and_several_give_the_same() -> None:
     for windows in (windows_of((32, 32), 2, 2), windows_of((32, 32), 3, 2, 1), windows_of((32, 32), 4, 4)):
         x = np.random.default_rng(0).normal(size=(64, *windows.shape)).astype("float32")
@@ -119,6 +124,7 @@ def test_one_core_and_several_give_the_same() -> None:
             np.testing.assert_array_equal(pooling.avg_pool_gradient(XP, mean[n], **attributes), back[n])
 
 
+@cpu_only
 @pytest.mark.parametrize("end", [True, False])
 def test_no_access_outside_of_the_arrays(end: bool) -> None:
     """Each kernel itself, on arrays that end or begin at a protected page."""
