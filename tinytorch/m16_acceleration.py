@@ -372,17 +372,23 @@ def gpu() -> str:
 
 def multiply_on_gpu(a: Tensor, b: Tensor, step: str = "matmul") -> Any:
     """The product of two matrices by the CUDA kernel, or by "matmul_by_elements", its first step."""
-    xp = get_backend("cuda" if gpu() == "device" else "cpu")
-    return load(f"tinytorch.kernels.cuda.matmul:{step}")(xp, a.to(xp.device).data, b.to(xp.device).data)
+    return on_gpu(f"matmul:{step}", a, b)
 
 
-def convolve_on_gpu(x: Tensor, weight: Tensor) -> Any:
-    """As `convolve`, by the CUDA kernel."""
-    xp, size = get_backend("cuda" if gpu() == "device" else "cpu"), tuple(weight.shape[2:])
+def convolve_on_gpu(x: Tensor, weight: Tensor, step: str = "convolution") -> Any:
+    """As `convolve`, by the CUDA kernel, or by "convolution_by_elements", its first step."""
+    size = tuple(weight.shape[2:])
     border = (size[0] // 2, size[0] // 2)
     windows = lay_windows("convolution", tuple(x.shape), size, (1, 1), (border, border), (1, 1))
-    kernel = load("tinytorch.kernels.cuda.convolution:convolution")
-    return kernel(xp, x.to(xp.device).data, weight.to(xp.device).data, windows=windows, groups=1)
+    return on_gpu(f"convolution:{step}", x, weight, windows=windows, groups=1)
+
+
+def on_gpu(place: str, *inputs: Tensor, **attributes: Any) -> Any:
+    """What a CUDA kernel makes of tensors, once it is there: a launch returns before the device has begun."""
+    xp = get_backend("cuda" if gpu() == "device" else "cpu")
+    out = load(f"tinytorch.kernels.cuda.{place}")(xp, *(x.to(xp.device).data for x in inputs), **attributes)
+    xp.synchronize()
+    return out
 
 
 # %% [markdown]
@@ -640,7 +646,10 @@ def climb_convolution(count: int = 16, channels: int = 32, outputs: int = 64, si
     for name, parts in (("registers", 1), ("all cores", None)):
         rates[name] = operations / best(convolve_in_one_pass, x.data, weight.data, bias, False, parts)
     if gpu() == "device":
-        rates["GPU"] = operations / seconds(convolve_on_gpu, x.to("cuda"), weight.to("cuda"))
+        rates["GPU, by elements"], rates["GPU, tiles"] = (
+            operations / seconds(convolve_on_gpu, x.to("cuda"), weight.to("cuda"), step)
+            for step in ("convolution_by_elements", "convolution")
+        )
     with reference_kernels():
         rates["windows and BLAS"] = operations / best(lambda: conv2d(x, weight, padding=1))
     intensity = operations / (traffic(x.data, weight.data) + 4 * count * outputs * size**2)

@@ -103,6 +103,10 @@ def single(*arrays: Any) -> bool:
     return True
 
 
+def of_floats(*arrays: Any, **attributes: Any) -> bool:
+    return single(*arrays)
+
+
 def from_size(least: int) -> Callable[..., bool]:
     """A condition: float32 everywhere, and the first input has at least so many elements."""
 
@@ -320,12 +324,12 @@ for _operation, _place, _when, _why in (
 
 # On a GPU a product is cuBLAS's, and CuPy has exp, tanh, erf and relu as one launch each.
 for _operation, _place, _when, _why in (
-    (sigmoid, "elementwise:sigmoid", from_size(1), FLOATS),
-    (silu, "elementwise:silu", from_size(1), FLOATS),
-    (drop, "elementwise:drop", from_size(1), FLOATS),
-    (relu_gradient, "elementwise:relu_gradient", from_size(1), FLOATS),
-    (gelu_and_cdf, "elementwise:gelu_and_cdf", from_size(1), FLOATS),
-    (gelu_gradient, "elementwise:gelu_gradient", from_size(1), FLOATS),
+    (sigmoid, "elementwise:sigmoid", of_floats, FLOATS),
+    (silu, "elementwise:silu", of_floats, FLOATS),
+    (drop, "elementwise:drop", of_floats, FLOATS),
+    (relu_gradient, "elementwise:relu_gradient", of_floats, FLOATS),
+    (gelu_and_cdf, "elementwise:gelu_and_cdf", of_floats, FLOATS),
+    (gelu_gradient, "elementwise:gelu_gradient", of_floats, FLOATS),
     (softmax, "softmax:softmax", of_last_axis(1), "float32, over the last axis"),
     (log_softmax, "softmax:log_softmax", of_last_axis(1), "float32, over the last axis"),
     (softmax_cross_entropy, "softmax:softmax_cross_entropy", classifies, FLOATS),
@@ -334,6 +338,15 @@ for _operation, _place, _when, _why in (
     (normalize_gradients, "normalization:normalize_gradients", normalizes_back, NORMS_TEXT),
     (total_of, "normalization:sum_over_all_but_channels", sums_channels, "float32, axes 0, 2 and 3, from 8,192"),
     (total_of, "normalization:sum_over_leading", sums_rows, "float32, over the first axes, from 8,192"),
+    (convolution, "convolution:convolution", of_floats, FLOATS),
+    (convolution_relu, "convolution:convolution_relu", of_floats, FLOATS),
+    (convolution_input_gradient, "convolution:convolution_input_gradient", of_floats, FLOATS),
+    (convolution_weight_gradient, "convolution:convolution_weight_gradient", of_floats, FLOATS),
+    (max_pool, "pooling:max_pool", of_floats, FLOATS),
+    (scatter_to_maxima, "pooling:scatter_to_maxima", of_floats, FLOATS),
+    (gather_from_maxima, "pooling:gather_from_maxima", gathers, "float32 or int64 values, float32 pictures"),
+    (avg_pool, "pooling:avg_pool", of_floats, FLOATS),
+    (avg_pool_gradient, "pooling:avg_pool_gradient", of_floats, FLOATS),
     (embedding_weight_gradient, "embedding:embedding_weight_gradient", scatters, "float32, from 1,024 elements"),
 ):  # fmt: skip
     attach(_operation, "cupy", f"{CUDA}.{_place}", _when, _why)

@@ -128,7 +128,8 @@ assert m16.gpu() == "simulator"
 a, b, x, w = (m02.randn(*shape) for shape in ((18, 5), (5, 20), (2, 2, 5, 4), (3, 2, 3, 3)))
 for step in ("matmul", "matmul_by_elements"):
     assert_close(m16.multiply_on_gpu(a, b, step), m02.matmul(a, b), atol=1e-5)
-assert_close(m16.convolve_on_gpu(x, w), m09.conv2d(x, w, padding=1), atol=1e-5)
+for step in ("convolution", "convolution_by_elements"):
+    assert_close(m16.convolve_on_gpu(x, w, step), m09.conv2d(x, w, padding=1), atol=1e-5)
 """
     in_a_new_process(code, root, NUMBA_ENABLE_CUDASIM="1")
 
