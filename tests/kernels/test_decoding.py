@@ -11,10 +11,13 @@ from hypothesis import strategies as st
 
 from tests.kernels.guarded import guarded
 from tests.kernels.pictures import XP, near
+from tests.kernels.place import cpu_only
 from tinytorch.kernels.cpu import decoding
 from tinytorch.m12_embeddings import rotary_tables
 from tinytorch.m14_transformers import GPT, GPTConfig
 from tinytorch.m19_caching import decode, packed
+
+pytestmark = cpu_only
 
 KINDS = [(norm, mlp) for norm in ("layer", "rms") for mlp in decoding.ACTIVATIONS]
 

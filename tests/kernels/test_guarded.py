@@ -10,6 +10,9 @@ import numpy as np
 import pytest
 
 from tests.kernels.guarded import PAGE, guarded, guarded_empty, outlives
+from tests.kernels.place import cpu_only
+
+pytestmark = cpu_only
 
 
 def peek(array: np.ndarray, index: int) -> float:

@@ -10,11 +10,14 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from tests.kernels.guarded import guarded, guarded_empty
+from tests.kernels.place import cpu_only
 from tests.kernels.test_quantized import bytes_of
 from tinytorch.backends import get_backend
 from tinytorch.kernels.cpu import quantized_convolution as kernels
 from tinytorch.m09_spatial import Windows, lay_windows, max_pool
 from tinytorch.m17_quantization import int8_convolution
+
+pytestmark = cpu_only
 
 XP = get_backend("cpu")
 small = st.integers(1, 3)

@@ -9,11 +9,14 @@ from hypothesis import strategies as st
 
 from tests.kernels.guarded import guarded, guarded_empty
 from tests.kernels.pictures import LAYOUTS, XP, laid_out
+from tests.kernels.place import cpu_only
 from tinytorch.kernels.cpu import rounding as kernels
 from tinytorch.kernels.cpu.quantized_convolution import channels_last
 from tinytorch.kernels.cpu.vectors import LANES
 from tinytorch.m17_quantization import quantize, quantize_rows
 from tinytorch.m17_quantization_appendix import int4_linear
+
+pytestmark = cpu_only
 
 SPECIAL = np.array([np.nan, np.inf, -np.inf, 0.0, -0.0, 3e38, -3e38, 1e-45, 0.5, 1.5, -2.5, 127.5], "float32")
 shapes = st.lists(st.integers(0, 9), min_size=1, max_size=4).map(tuple) | st.integers(0, 500).map(lambda n: (2, n))

@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 
 from tests.kernels.guarded import guarded, guarded_empty
 from tests.kernels.pictures import LAYOUTS, XP, laid_out, near
+from tests.kernels.place import cpu_only
 from tinytorch import m09_spatial as m09
 from tinytorch import nn
 from tinytorch.kernels.cpu import winograd as kernels
@@ -19,6 +20,8 @@ from tinytorch.kernels.cpu.vectors import LANES
 from tinytorch.m02_tensor import observe, randn
 from tinytorch.m09_spatial import Windows, lay_windows
 from tinytorch.m16_acceleration_appendix import convolves_in_pairs
+
+pytestmark = cpu_only
 
 
 def numbers(seed: int, *shape: int) -> np.ndarray:

@@ -66,6 +66,11 @@ class Fault:
     patterns: tuple[str, ...]
     devices: str = "cpu"
 
+    @property
+    def simulated(self) -> bool:
+        """Whether its tests run CUDA's kernels, in the simulator."""
+        return self.file.startswith("kernels/cuda/")
+
     def tests(self) -> tuple[str, ...]:
         """The tests that the patterns stand for, in the files that exist."""
         found = []
@@ -1682,14 +1687,58 @@ KERNELS = [
         "kernels/cuda/matmul.py",
         ("            left[y, x] = right[y, x] = 0\n", "", "tiles' edges keep what was there before"),
         ("            cuda.syncthreads()  # the tiles are there\n", "", "nobody waits for the tiles"),
-        tests=("tests/kernels/test_cuda_simulator.py",),
+        tests=("tests/kernels/test_cuda.py",),
     ),
     *faults_in(
         "kernels/cuda/convolution.py",
-        ("if index >= count * outputs * rows * columns:", "if index > count * outputs * rows * columns:",
-         "one thread too many writes"),
-        ("if relu and total < 0:", "if relu and not total > 0:", "relu of nan is 0"),
-        tests=("tests/kernels/test_cuda_simulator.py",),
+        ("                            total += bias[group * outputs + o]",
+         "                            total += bias[o]", "each group has the first one's bias"),
+        ("inside = exists and 0 <= row < height and 0 <= column < width",
+         "inside = exists and 0 <= row < height and 0 <= column <= width", "windows reach into the next row"),
+        ("        part, index = index % parts, index // parts\n", "        part, index = 0, index // parts\n",
+         "only the first part of a sum is made"),
+        ("picture = part * count + n", "picture = n", "parts are written over each other"),
+        ("min((part + 1) * each, count * windows)", "count * windows", "parts of a weight's gradient overlap"),
+        ("            while i >= down:", "            while i > down:", "the next picture's first row is left out"),
+        ("            if place < taps:\n", "            if place <= taps:\n", "what is behind the last tap is written"),
+        ("left >= 0 and left % stride[1] == 0 and", "left >= 0 and", "strides are not asked for backward"),
+        tests=("tests/kernels/test_convolution.py", "tests/kernels/test_depthwise.py"),
+    ),
+    *faults_in(
+        "kernels/cuda/pooling.py",
+        ("quotient(max(0, latest - span + stride), stride)", "quotient(max(0, latest - span), stride)",
+         "a window that ends before a pixel takes part"),
+        (" or math.isnan(value)", "", "nan is smaller than what was found"),
+        ("if found[0] == row and found[1] == column:", "if found[0] == row:", "a whole row gets a maximum's gradient"),
+        ("- max(start, -first)", "- start", "the border is counted in an average"),
+    ),
+    *faults_in(
+        "kernels/cuda/normalization.py",
+        ("    return float32(0) if variance < 0 else variance", "    return variance", "a variance may be negative"),
+        ("    rest = squares[0, first] / count  # what", "    rest = float32(0)  # what", "a mean keeps its rounding"),
+    ),
+    *faults_in(
+        "kernels/cuda/softmax.py",
+        ("scale[row] if target < columns else float32(math.nan)", "scale[row]", "a target that is none has a gradient"),
+    ),
+    *faults_in(
+        "kernels/cuda/embedding.py",
+        ("    begun = k > 0 and ids[k - uint64(1)] == row\n    while", "    begun = False\n    while",
+         "two pieces write to one row"),
+        ("if begun or not goes_on or row == padding:", "if begun or not goes_on:", "padding gets a gradient"),
+    ),
+    *faults_in(
+        "kernels/cuda/optimizers.py",
+        ("    k, first = pieces[cuda.blockIdx.x, 0], pieces[cuda.blockIdx.x, 1] * PIECE\n    size = table[k, 5]\n"
+         "    parameter, gradient, velocity",
+         "    k, first = pieces[cuda.blockIdx.x, 0], 0\n    size = table[k, 5]\n    parameter, gradient, velocity",
+         "only the first piece of a parameter learns"),
+        ("            s = before if before > s else s\n", "", "amsgrad forgets the largest squares"),
+    ),
+    *faults_in(
+        "kernels/cuda/elementwise.py",
+        ("x[i] * sigmoid_of(x[i])", "sigmoid_of(x[i])", "silu is sigmoid"),
+        ("if noise[i] >= p else", "if noise[i] > p else", "dropout at p = 0 drops a number that is drawn as 0"),
     ),
     *faults_in(
         "kernels/cpu/quantized.py",

@@ -81,11 +81,12 @@ class Copy:
         if result.returncode or elsewhere:
             raise RuntimeError(f"the copy {self.folder} is not what gets imported, but {elsewhere[0]}")
 
-    def pytest(self, tests: Iterable[str], devices: str) -> Outcome:
-        """Run tests up to the first failure."""
+    def pytest(self, tests: Iterable[str], devices: str, simulated: bool = False) -> Outcome:
+        """Run tests up to the first failure; those of kernels on CUDA's in the simulator, if asked for."""
         options = ("-x", "-q", "--no-header", "--tb=short", "-p", "no:cacheprovider", "--hypothesis-seed=0")
         try:
-            result = self._run("-m", "pytest", *options, *tests, TINYTORCH_TEST_DEVICES=devices)
+            own = {"NUMBA_ENABLE_CUDASIM": "1", "TINYTORCH_TEST_KERNELS": "cuda"} if simulated else {}
+            result = self._run("-m", "pytest", *options, *tests, TINYTORCH_TEST_DEVICES=devices, **own)
         except subprocess.TimeoutExpired:
             return Outcome(None, "", f"not done after {LONGEST} s")
         failed = re.search(r"^FAILED (.+?)(?: - .*)?$", result.stdout, re.MULTILINE)
@@ -119,7 +120,7 @@ def try_fault(copy: Copy, fault: Fault) -> Verdict:
     verdict, start = Verdict(fault.file, fault.what), time.perf_counter()
     own = (fault.file,) if fault.file.startswith("tinytorch/") else ()  # so that it is imported, before any test
     with copy.planted(fault):
-        outcome = copy.pytest(dict.fromkeys((*own, *fault.tests())), fault.devices)
+        outcome = copy.pytest(dict.fromkeys((*own, *fault.tests())), fault.devices, fault.simulated)
     verdict.seconds = round(time.perf_counter() - start, 1)
     if outcome.status == 1 and outcome.failed:
         verdict.killed_by = outcome.failed
@@ -178,10 +179,10 @@ def mutate(faults: list[Fault], jobs: int, progress: Progress) -> list[Verdict]:
     fit = [fault for fault in faults if not reasons[fault]]
     each, close = in_copies(jobs, progress)
     try:
-        sets = list(dict.fromkeys((fault.tests(), fault.devices) for fault in fit))
+        sets = list(dict.fromkeys((fault.tests(), fault.devices, fault.simulated) for fault in fit))
         outcomes = dict(zip(sets, each("without faults", lambda copy, one: copy.pytest(*one), sets), strict=True))
         for fault in fit:
-            if (outcome := outcomes[fault.tests(), fault.devices]).status != 0:
+            if (outcome := outcomes[fault.tests(), fault.devices, fault.simulated]).status != 0:
                 reasons[fault] = f"not planted: red without it: {outcome.failed or last_line(outcome.text)}"
         fit = [fault for fault in fit if not reasons[fault]]
         tried = dict(zip(fit, each("planting", try_fault, fit), strict=True))
