@@ -65,7 +65,7 @@ def bring(matrix, first, start, piece):
 
 @helper
 def bring_turned(matrix, first, start, piece):
-    """piece[k, r] = matrix[first + r, start + k], for SIDE rows of the matrix and DEPTH columns; 0 where it has ended."""
+    """piece[k, r] = matrix[first + r, start + k], for SIDE rows and DEPTH columns; 0 where the matrix has ended."""
     number = uint32(cuda.threadIdx.y) * ACROSS + uint32(cuda.threadIdx.x)
     column, (rows, columns) = number % DEPTH, matrix.shape
     for i in range(SHARE):
@@ -103,7 +103,7 @@ def products_of_rows(one, first, other, start, left, right, sums):
 
 @helper
 def gather(weights, matrix, first, start, right, sums):
-    """sums += weightsᵀ times rows of a matrix from `first` on, SIDE of them or up to its end; columns from `start` on."""
+    """sums += weightsᵀ times SIDE rows of a matrix from `first` on, or up to its end; its columns from `start` on."""
     for k in range(0, min(SIDE, matrix.shape[0] - first), DEPTH):
         bring(matrix, first + k, start, right)
         cuda.syncthreads()  # also the weights are there
@@ -145,8 +145,8 @@ def finite(top):
 def attend(query, key, value, mask, out, largest, total, scale, causal):
     """softmax(scale query keyᵀ + mask) value, for SIDE queries of a pair of a batch and a head, and SIDE columns.
 
-    query (A, B, C, T, D), key (A, B, C, S, D), value (A, B, C, S, E), mask (A, B, C, T, S) or None. out (A, T, B, C, E):
-    heads lie side by side. largest, total (A, B, C, T): of each query, written by the blocks of the first columns.
+    query (A, B, C, T, D), key (A, B, C, S, D), value (A, B, C, S, E), mask (A, B, C, T, S) or None. largest, total
+    (A, B, C, T): of each query, by the blocks of the first columns. out (A, T, B, C, E): heads lie side by side.
     """
     left = cuda.shared.array((DEPTH, PADDED), float32)
     right = cuda.shared.array((DEPTH, PADDED), float32)
@@ -229,18 +229,18 @@ def take(g, out, taken):
     That is what a query's weights are to change by on average. A block has DOWN queries, ACROSS threads for each.
     """
     parts = cuda.shared.array((DOWN, ACROSS), float32)
-    x, y = cuda.threadIdx.x, cuda.threadIdx.y
-    queries = g.shape[3]
-    number = cuda.blockIdx.x * DOWN + y
-    pair, row = number // queries, number % queries
-    a, b, c = pair // (g.shape[1] * g.shape[2]), pair // g.shape[2] % g.shape[1], pair % g.shape[2]
+    x, y = uint32(cuda.threadIdx.x), uint32(cuda.threadIdx.y)
+    count, queries, width = g.shape[0], g.shape[3], g.shape[4]
+    number = uint32(cuda.blockIdx.x) * DOWN + y
+    row = uint32(number % queries)
+    a, b, c = place_of(number // queries, g.shape)
     added = float32(0)
-    if a < g.shape[0]:
-        for column in range(x, g.shape[4], ACROSS):
+    if a < count:
+        for column in range(x, width, ACROSS):
             added += g[a, b, c, row, column] * out[a, b, c, row, column]
     parts[y, x] = added
     cuda.syncthreads()
-    if x == 0 and a < g.shape[0]:
+    if x == 0 and a < count:
         added = float32(0)
         for j in range(ACROSS):
             added += parts[y, j]
@@ -364,20 +364,21 @@ def attend_span(query, key, value, lengths, found, peaks, totals, scale):
     parts = cuda.shared.array((SPAN, APART), float32)
     weights = cuda.shared.array(SPAN, float32)
     tops = cuda.shared.array(GROUPS, float32)
-    heads, capacity = query.shape[1], key.shape[2]
+    (_, heads, features), (capacity, width) = query.shape, value.shape[2:]
     pairs = query.shape[0] * heads
     span, pair = cuda.blockIdx.x // pairs, cuda.blockIdx.x % pairs
-    sequence, head = pair // heads, pair % heads
-    group = head // (heads // key.shape[1])  # its blocks are neighbours, and find the keys in the second cache
-    first = span * SPAN
-    count = min(SPAN, filled(lengths, sequence, capacity) - first)
+    sequence, head = uint32(pair // heads), uint32(pair % heads)
+    group = uint32(head // (heads // key.shape[1]))  # its blocks are neighbours, and find the keys in the second cache
+    count = filled(lengths, sequence, capacity) - span * SPAN
     if count <= 0:
         return
-    x, y = cuda.threadIdx.x, cuda.threadIdx.y
+    span, count = uint32(span), min(SPAN, count)
+    first = span * SPAN
+    x, y = uint32(cuda.threadIdx.x), uint32(cuda.threadIdx.y)
     number = y * LANES + x
     for i in range(y, count, TURNS):
         added = float32(0)
-        for d in range(x, query.shape[2], LANES):
+        for d in range(x, features, LANES):
             added += query[sequence, head, d] * key[sequence, group, first + i, d]
         parts[i, x] = added
     cuda.syncthreads()
@@ -404,11 +405,11 @@ def attend_span(query, key, value, lengths, found, peaks, totals, scale):
     for i in range(number, count, LANES * TURNS):
         weights[i] = math.exp(weights[i] - finite(top))
     cuda.syncthreads()
-    for panel in range(0, value.shape[3], LANES):
+    for panel in range(0, width, LANES):
         column, added, size = panel + x, float32(0), float32(0)
         for i in range(y, count, TURNS):
             size += weights[i]
-            if column < value.shape[3]:
+            if column < width:
                 added += weights[i] * value[sequence, group, first + i, column]
         parts[y, x] = added
         if x == 0:
@@ -419,7 +420,7 @@ def attend_span(query, key, value, lengths, found, peaks, totals, scale):
             for i in range(TURNS):
                 added += parts[i, x]
                 size += parts[i, LANES]
-            if column < value.shape[3]:
+            if column < width:
                 found[sequence, head, span, column] = added
             if column == 0:
                 peaks[sequence, head, span], totals[sequence, head, span] = top, size
@@ -429,14 +430,14 @@ def attend_span(query, key, value, lengths, found, peaks, totals, scale):
 @kernel
 def join_spans(found, peaks, totals, lengths, out, capacity):
     """out (B, H, E): what the spans found, weighed by what their largest scores say; 0 without a key."""
-    sequence, head = cuda.blockIdx.x // out.shape[1], cuda.blockIdx.x % out.shape[1]
+    sequence, head = uint32(cuda.blockIdx.x // out.shape[1]), uint32(cuda.blockIdx.x % out.shape[1])
     spans = (filled(lengths, sequence, capacity) + SPAN - 1) // SPAN
     top = float32(HIDDEN)
     for span in range(spans):
         if peaks[sequence, head, span] > top:
             top = peaks[sequence, head, span]
     top = finite(top)
-    for column in range(cuda.threadIdx.x, out.shape[2], cuda.blockDim.x):
+    for column in range(uint32(cuda.threadIdx.x), out.shape[2], cuda.blockDim.x):
         added, size = float32(0), float32(0)
         for span in range(spans):
             factor = math.exp(peaks[sequence, head, span] - top)
@@ -459,7 +460,7 @@ def readable(x: Any) -> Any:
 
 
 def spread(xp: Any, x: Any, lead: tuple) -> Any:
-    """A view (A, B, C, rows, columns) of x, broadcast over `lead`, which is at most three axes; a copy if it is more."""
+    """A view (A, B, C, rows, columns) of x, broadcast over `lead`; a copy if those are more than three axes."""
     x = xp.broadcast_to(x, (*lead, *x.shape[-2:]))
     if len(lead) > MOST_LEADS:
         return xp.reshape(x, (-1, 1, 1, *x.shape[-2:]))
@@ -554,8 +555,8 @@ def cached_attention(
 ) -> Any:  # fmt: skip
     """Attention of one new token of each sequence: query (B, H, D), key (B, G, capacity, D), value (B, G, capacity, E).
 
-    lengths: (B,) integers, how many of a sequence's keys there are, at most `capacity`, which nobody checks: they are on
-    the device. H is a multiple of G: H / G queries in a row share the keys of a head. (B, H, E).
+    lengths: (B,) integers, how many of a sequence's keys there are. They lie on the device, so that nobody complains of
+    more than there can be. H is a multiple of G: H / G queries in a row share the keys of a head. (B, H, E).
     """
     (batch, heads, features), (*_, capacity, width) = query.shape, value.shape
     out = xp.empty((batch, heads, width), dtype="float32")

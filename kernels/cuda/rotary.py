@@ -6,10 +6,10 @@ import math
 from typing import Any
 
 import numpy as np
-from numba import cuda
+from numba import cuda, uint32
 
 from tinytorch.kernels.cuda.attention import readable
-from tinytorch.kernels.cuda.jit import MOST_BLOCKS, THREADS, blocks_for, kernel, run
+from tinytorch.kernels.cuda.jit import THREADS, blocks_for, kernel, run
 
 __all__ = ["rotate"]
 
@@ -18,17 +18,20 @@ LEADS = 3  # axes before the features that the kernel knows
 
 @kernel
 def turn(x, cos, sin, out):
-    """out (A, B, C, D) = x (A, B, C, D), of which pairs (k, k + D / 2) are turned by angles with cos and sin."""
-    number, second, first = cuda.grid(3)
-    half = x.shape[3] // 2
-    row, low = number // half, number % half
-    high = low + half
+    """out (A, B, C, D) = x (A, B, C, D), of which pairs (k, k + D / 2) are turned by angles with cos and sin.
+
+    Each block has a part of a C x D / 2. Numbers are of uint32: their division takes a GPU a fifth of the time.
+    """
+    half = uint32(x.shape[3] // 2)
+    parts = uint32((x.shape[2] * half + cuda.blockDim.x - 1) // cuda.blockDim.x)
+    block, second = uint32(cuda.blockIdx.x), uint32(x.shape[1])
+    number, pair = uint32(block % parts * cuda.blockDim.x + cuda.threadIdx.x), uint32(block // parts)
+    row, low = uint32(number // half), uint32(number % half)
+    a, b, high = uint32(pair // second), uint32(pair % second), low + half
     if row < x.shape[2]:
-        for a in range(first, x.shape[0], cuda.gridDim.z):
-            for b in range(second, x.shape[1], cuda.gridDim.y):
-                one, other = x[a, b, row, low], x[a, b, row, high]
-                out[a, b, row, low] = one * cos[a, b, row, low] - other * sin[a, b, row, low]
-                out[a, b, row, high] = other * cos[a, b, row, high] + one * sin[a, b, row, high]
+        one, other = x[a, b, row, low], x[a, b, row, high]
+        out[a, b, row, low] = one * cos[a, b, row, low] - other * sin[a, b, row, low]
+        out[a, b, row, high] = other * cos[a, b, row, high] + one * sin[a, b, row, high]
 
 
 def rotate(xp: Any, x: Any, cos: Any, sin: Any) -> Any:
@@ -57,5 +60,5 @@ def rotate_into(xp: Any, x: Any, cos: Any, sin: Any, out: Any) -> None:
         lead = (math.prod(lead[: 1 - LEADS]), *lead[1 - LEADS :])
     shape = (*(1,) * (LEADS - len(lead)), *lead, features)
     a, b, c = shape[:-1]
-    blocks = blocks_for(c * (features // 2)), min(b, MOST_BLOCKS), min(a, MOST_BLOCKS)
-    run(turn, blocks, THREADS, *(readable(xp.reshape(array, shape)) for array in (x, cos, sin)), xp.reshape(out, shape))
+    arrays = (readable(xp.reshape(array, shape)) for array in (x, cos, sin))
+    run(turn, a * b * blocks_for(c * (features // 2)), THREADS, *arrays, xp.reshape(out, shape))
