@@ -255,9 +255,8 @@ def attend_back_to_queries(g, query, key, value, mask, largest, total, taken, to
     """
     left = cuda.shared.array((DEPTH, PADDED), float32)
     right = cuda.shared.array((DEPTH, PADDED), float32)
-    slopes = cuda.shared.array((SIDE, PADDED), float32)  # (keys, queries): what scores are to change by
-    scores = cuda.local.array((TALL, WIDE), float32)
-    changes = cuda.local.array((TALL, WIDE), float32)  # of the weights
+    weights = cuda.shared.array((SIDE, PADDED), float32)  # (keys, queries); then what scores are to change by
+    products = cuda.local.array((TALL, WIDE), float32)  # scores; then what weights are to change by
     gathered = cuda.local.array((TALL, WIDE), float32)
     queries, keys, features = query.shape[3], key.shape[3], query.shape[4]
     tiles = (queries + SIDE - 1) // SIDE
@@ -268,18 +267,21 @@ def attend_back_to_queries(g, query, key, value, mask, largest, total, taken, to
     x, y = uint32(cuda.threadIdx.x), uint32(cuda.threadIdx.y)
     clear(gathered)
     for start in range(0, min(keys, first + SIDE) if causal else keys, SIDE):
-        products_of_rows(query[a, b, c], first, key[a, b, c], start, left, right, scores)
-        finish(scores, scale, mask, place, first, start, queries, keys, causal, False)
-        products_of_rows(g[a, b, c], first, value[a, b, c], start, left, right, changes)
+        products_of_rows(query[a, b, c], first, key[a, b, c], start, left, right, products)
+        finish(products, scale, mask, place, first, start, queries, keys, causal, False)
+        for i in range(TALL):
+            row, top, share = first + y + DOWN * i, float32(0), float32(0)
+            if row < queries:
+                top, share = largest[a, b, c, row], float32(1) / total[a, b, c, row]
+            for j in range(WIDE):
+                weights[x + ACROSS * j, y + DOWN * i] = math.exp(products[i, j] - top) * share
+        products_of_rows(g[a, b, c], first, value[a, b, c], start, left, right, products)
         for i in range(TALL):
             row = first + y + DOWN * i
-            top, share, mean = float32(0), float32(0), float32(0)
-            if row < queries:
-                top, share, mean = largest[a, b, c, row], float32(1) / total[a, b, c, row], taken[a, b, c, row]
+            mean = taken[a, b, c, row] if row < queries else float32(0)
             for j in range(WIDE):
-                weight = math.exp(scores[i, j] - top) * share
-                slopes[x + ACROSS * j, y + DOWN * i] = weight * (changes[i, j] - mean)
-        gather(slopes, key[a, b, c], start, panel, right, gathered)
+                weights[x + ACROSS * j, y + DOWN * i] *= products[i, j] - mean
+        gather(weights, key[a, b, c], start, panel, right, gathered)
     for i in range(TALL):
         row = first + y + DOWN * i
         for j in range(WIDE):
@@ -297,8 +299,7 @@ def attend_back_to_keys(g, query, key, value, mask, largest, total, taken, to_ke
     left = cuda.shared.array((DEPTH, PADDED), float32)
     right = cuda.shared.array((DEPTH, PADDED), float32)
     weights = cuda.shared.array((SIDE, PADDED), float32)  # (queries, keys); then what scores are to change by
-    scores = cuda.local.array((TALL, WIDE), float32)
-    changes = cuda.local.array((TALL, WIDE), float32)
+    products = cuda.local.array((TALL, WIDE), float32)
     to_keys = cuda.local.array((TALL, WIDE), float32)
     to_values = cuda.local.array((TALL, WIDE), float32)
     queries, keys, features, width = query.shape[3], key.shape[3], key.shape[4], value.shape[4]
@@ -311,22 +312,21 @@ def attend_back_to_keys(g, query, key, value, mask, largest, total, taken, to_ke
     clear(to_keys)
     clear(to_values)
     for start in range(first if causal else 0, queries, SIDE):
-        products_of_rows(key[a, b, c], first, query[a, b, c], start, left, right, scores)
-        finish(scores, scale, mask, place, first, start, queries, keys, causal, True)
-        products_of_rows(value[a, b, c], first, g[a, b, c], start, left, right, changes)
+        products_of_rows(key[a, b, c], first, query[a, b, c], start, left, right, products)
+        finish(products, scale, mask, place, first, start, queries, keys, causal, True)
+        for j in range(WIDE):
+            column, top, share = start + x + ACROSS * j, float32(0), float32(0)
+            if column < queries:
+                top, share = largest[a, b, c, column], float32(1) / total[a, b, c, column]
+            for i in range(TALL):
+                weights[x + ACROSS * j, y + DOWN * i] = math.exp(products[i, j] - top) * share
+        gather(weights, g[a, b, c], start, panel, right, to_values)
+        products_of_rows(value[a, b, c], first, g[a, b, c], start, left, right, products)
         for j in range(WIDE):
             column = start + x + ACROSS * j
-            top, share, mean = float32(0), float32(0), float32(0)
-            if column < queries:
-                top, share, mean = largest[a, b, c, column], float32(1) / total[a, b, c, column], taken[a, b, c, column]
+            mean = taken[a, b, c, column] if column < queries else float32(0)
             for i in range(TALL):
-                weight = math.exp(scores[i, j] - top) * share
-                weights[x + ACROSS * j, y + DOWN * i] = weight
-                changes[i, j] = weight * (changes[i, j] - mean)
-        gather(weights, g[a, b, c], start, panel, right, to_values)
-        for i in range(TALL):
-            for j in range(WIDE):
-                weights[x + ACROSS * j, y + DOWN * i] = changes[i, j]
+                weights[x + ACROSS * j, y + DOWN * i] *= products[i, j] - mean
         gather(weights, query[a, b, c], start, panel, right, to_keys)
     for i in range(TALL):
         row = first + y + DOWN * i
