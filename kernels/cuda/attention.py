@@ -341,10 +341,11 @@ def attend_back_to_keys(g, query, key, value, mask, largest, total, taken, to_ke
 # -- one new token -----------------------------------------------------------------------------------------------------
 
 LANES, TURNS = (4, 2) if SIMULATED else (32, 8)  # threads for neighbouring features, and for keys by turns
-SPAN = 8 if SIMULATED else 64  # keys for a block
-GROUP = 4 if SIMULATED else 8  # scores of which one thread finds the largest
-GROUPS = SPAN // GROUP
+SPAN = 12 if SIMULATED else 256  # keys for a block
+ROUND = 8 if SIMULATED else 64  # keys whose scores are made before the LANES parts of each are added up
 APART = LANES + 1  # a row in shared memory: threads that read below each other meet at no bank
+GROUPS = 3 if SIMULATED else 16  # of weights, of which one thread each finds the largest
+GROUP = SPAN // GROUPS
 
 
 @helper
@@ -354,48 +355,46 @@ def filled(lengths, sequence, capacity):
 
 
 @kernel
-def attend_span(query, key, value, lengths, found, peaks, totals, scale):
-    """Attention of a head's one query to SPAN keys, neither divided by their sum nor compared with other keys.
+def attend_span(query, key, value, lengths, found, scale):
+    """Attention of a head's one query to SPAN keys, which has yet to be compared with what other spans give.
 
-    query (B, H, D), key (B, G, capacity, D), value (B, G, capacity, E), lengths (B,). found (B, H, spans, E): the sums
-    of values times weights, peaks, totals (B, H, spans): the largest score, and the sum of weights. Spans behind the
-    last key stay as they are.
+    query (B, H, D), key (B, G, capacity, D), value (B, G, capacity, E), lengths (B,). found (B, H, spans, E + 2): the
+    sum of weights times values, the largest score, and the sum of weights; nothing for a span behind the last key.
+    Where there is one span only, the result: (B, H, 1, E).
     """
-    parts = cuda.shared.array((SPAN, APART), float32)
+    parts = cuda.shared.array((ROUND, APART), float32)
     weights = cuda.shared.array(SPAN, float32)
     tops = cuda.shared.array(GROUPS, float32)
-    (_, heads, features), (capacity, width) = query.shape, value.shape[2:]
-    pairs = query.shape[0] * heads
-    span, pair = cuda.blockIdx.x // pairs, cuda.blockIdx.x % pairs
+    (sequences, heads, features), (capacity, width), spans = query.shape, value.shape[2:], found.shape[2]
+    span, pair = cuda.blockIdx.x // (sequences * heads), cuda.blockIdx.x % (sequences * heads)
     sequence, head = uint32(pair // heads), uint32(pair % heads)
     group = uint32(head // (heads // key.shape[1]))  # its blocks are neighbours, and find the keys in the second cache
-    count = filled(lengths, sequence, capacity) - span * SPAN
-    if count <= 0:
+    count = min(SPAN, filled(lengths, sequence, capacity) - span * SPAN)
+    if count <= 0 and spans > 1:
         return
-    span, count = uint32(span), min(SPAN, count)
+    span = uint32(span)
     first = span * SPAN
     x, y = uint32(cuda.threadIdx.x), uint32(cuda.threadIdx.y)
     number = y * LANES + x
-    for i in range(y, count, TURNS):
-        added = float32(0)
-        for d in range(x, features, LANES):
-            added += query[sequence, head, d] * key[sequence, group, first + i, d]
-        parts[i, x] = added
-    cuda.syncthreads()
-    for i in range(number, SPAN, LANES * TURNS):
-        added = float32(HIDDEN)
-        if i < count:
+    for begin in range(0, count, ROUND):
+        here = min(ROUND, count - begin)
+        for i in range(y, here, TURNS):
+            added = float32(0)
+            for d in range(x, features, LANES):
+                added += query[sequence, head, d] * key[sequence, group, first + begin + i, d]
+            parts[i, x] = added
+        cuda.syncthreads()
+        for i in range(number, here, LANES * TURNS):
             added = float32(0)
             for j in range(LANES):
                 added += parts[i, j]
-            added *= scale
-        weights[i] = added
-    cuda.syncthreads()
+            weights[begin + i] = added * scale
+        cuda.syncthreads()
     if number < GROUPS:
         top = float32(HIDDEN)
-        for i in range(GROUP):
-            if weights[number * GROUP + i] > top:
-                top = weights[number * GROUP + i]
+        for i in range(number * GROUP, min(number * GROUP + GROUP, count)):
+            if weights[i] > top:
+                top = weights[i]
         tops[number] = top
     cuda.syncthreads()
     top = float32(HIDDEN)
@@ -415,37 +414,37 @@ def attend_span(query, key, value, lengths, found, peaks, totals, scale):
         if x == 0:
             parts[y, LANES] = size
         cuda.syncthreads()
-        if y == 0:
+        if y == 0 and column < width:
             added, size = float32(0), float32(0)
             for i in range(TURNS):
                 added += parts[i, x]
                 size += parts[i, LANES]
-            if column < width:
-                found[sequence, head, span, column] = added
-            if column == 0:
-                peaks[sequence, head, span], totals[sequence, head, span] = top, size
+            if spans == 1:
+                added /= size if size != 0 else float32(1)  # without a key, 0
+            elif column == 0:
+                found[sequence, head, span, width], found[sequence, head, span, width + 1] = top, size
+            found[sequence, head, span, column] = added
         cuda.syncthreads()
 
 
 @kernel
-def join_spans(found, peaks, totals, lengths, out, capacity):
+def join_spans(found, lengths, out, capacity):
     """out (B, H, E): what the spans found, weighed by what their largest scores say; 0 without a key."""
-    sequence, head = uint32(cuda.blockIdx.x // out.shape[1]), uint32(cuda.blockIdx.x % out.shape[1])
+    _, heads, width = out.shape
+    sequence, head = uint32(cuda.blockIdx.x // heads), uint32(cuda.blockIdx.x % heads)
     spans = (filled(lengths, sequence, capacity) + SPAN - 1) // SPAN
     top = float32(HIDDEN)
     for span in range(spans):
-        if peaks[sequence, head, span] > top:
-            top = peaks[sequence, head, span]
+        if found[sequence, head, span, width] > top:
+            top = found[sequence, head, span, width]
     top = finite(top)
-    for column in range(uint32(cuda.threadIdx.x), out.shape[2], cuda.blockDim.x):
+    for column in range(uint32(cuda.threadIdx.x), width, cuda.blockDim.x):
         added, size = float32(0), float32(0)
         for span in range(spans):
-            factor = math.exp(peaks[sequence, head, span] - top)
+            factor = math.exp(found[sequence, head, span, width] - top)
             added += factor * found[sequence, head, span, column]
-            size += factor * totals[sequence, head, span]
-        if size == float32(0):
-            size = float32(1)
-        out[sequence, head, column] = added / size
+            size += factor * found[sequence, head, span, width + 1]
+        out[sequence, head, column] = added / size if size != 0 else float32(0)
 
 
 # -- entry points ------------------------------------------------------------------------------------------------------
@@ -562,11 +561,11 @@ def cached_attention(
     out = xp.empty((batch, heads, width), dtype="float32")
     if not batch * heads * width:
         return out
-    spans = blocks_for(capacity, SPAN)
-    found = xp.empty((batch, heads, spans, width), dtype="float32")
-    peaks, totals = (xp.empty((batch, heads, spans), dtype="float32") for _ in range(2))
-    lengths, scale = row_by_row(lengths), np.float32(features**-0.5 if scale is None else scale)
-    arrays = (readable(x) for x in (query, key, value))
-    run(attend_span, batch * heads * spans, (LANES, TURNS), *arrays, lengths, found, peaks, totals, scale)
-    run(join_spans, batch * heads, min(THREADS, width), found, peaks, totals, lengths, out, capacity)
+    spans = max(1, blocks_for(capacity, SPAN))
+    found = xp.empty((batch, heads, spans, width + 2), dtype="float32") if spans > 1 else out[:, :, None]
+    arrays, lengths = (readable(x) for x in (query, key, value)), row_by_row(lengths)
+    scale = np.float32(features**-0.5 if scale is None else scale)
+    run(attend_span, batch * heads * spans, (LANES, TURNS), *arrays, lengths, found, scale)
+    if spans > 1:
+        run(join_spans, batch * heads, min(THREADS, width), found, lengths, out, capacity)
     return out

@@ -102,6 +102,7 @@ def compare(g: Any, query: Any, key: Any, value: Any, mask: Any = None, **option
 @example([1, 2], scaled(140), scaled(140), scaled(32), scaled(32), "hidden rows", True, "plain", None, 1)
 @example([2], 1, scaled(130), scaled(33), 5, "none", True, "plain", None, 2)
 @example([3], scaled(130), 5, 7, scaled(40), "bool", True, "plain", None, 3)
+@example([], 9, 10, 10, 9, "none", False, "plain", None, 4)
 @drawn(120)
 def test_forward_and_backward(
     lead: list, queries: int, keys: int, features: int, width: int, mask: str, is_causal: bool, layout: str,
@@ -212,10 +213,11 @@ def one_token(query: Any, key: Any, value: Any, lengths: Any, scale: float | Non
 
 @given(
     st.integers(0, 2 if SIMULATED else 4), st.integers(1, 3), st.integers(1, 3),
-    st.integers(0, 20 if SIMULATED else 90), features, features, st.sampled_from(LAYS),
+    st.integers(0, 30 if SIMULATED else 90), features, features, st.sampled_from(LAYS),
     st.sampled_from([None, 0.3]), seeds,
 )  # fmt: skip
 @example(4, 2, 3, 18 if SIMULATED else 90, scaled(40), scaled(16), "heads", None, 0)
+@example(3, 1, 2, 30 if SIMULATED else 600, 9, 1, "plain", None, 1)
 @drawn(60)
 def test_one_new_token(
     batch: int, groups: int, each: int, capacity: int, features: int, width: int, layout: str, scale: float | None,
