@@ -6,6 +6,7 @@ import math
 import os
 import subprocess
 import sys
+from collections.abc import Iterator
 from typing import Any
 
 import numpy as np
@@ -41,6 +42,14 @@ else:
     places, features = st.integers(1, 20) | st.integers(1, 150), st.integers(1, 40)
 MASKS = ("none", "bool", "added", "hidden rows")
 LAYS = (*LAYOUTS, "heads")
+
+
+@pytest.fixture(autouse=True, scope="module")
+def nan_in_new_memory() -> Iterator[None]:
+    """What a kernel leaves as it was shows."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(XP, "empty", lambda shape, dtype: np.full(shape, NAN, dtype))
+        yield
 
 
 def numbers(seed: int, *shape: int) -> np.ndarray:
@@ -232,6 +241,14 @@ def test_one_new_token(
                 x[i, :, length:] = NAN  # nobody looks there
     near(attention.cached_attention(XP, query, key, value, lengths, scale=scale),
          one_token(query, key, value, lengths, scale))  # fmt: skip
+
+
+@pytest.mark.parametrize("capacity", [10, 30 if SIMULATED else 600])
+def test_one_new_token_of_large_scores_or_without_keys(capacity: int) -> None:
+    query, key, value = numbers(0, 3, 2, 8) * 30, numbers(1, 3, 2, capacity, 8) * 30, numbers(2, 3, 2, capacity, 5)
+    lengths = np.array([capacity, 0, capacity // 2])
+    out = attention.cached_attention(XP, query, key, value, lengths)
+    np.testing.assert_allclose(out, one_token(query, key, value, lengths), atol=3e-3)
 
 
 @cpu_only

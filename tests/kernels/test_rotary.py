@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator
 
 import numpy as np
 import pytest
@@ -17,6 +18,14 @@ from tinytorch.kernels.cpu.vectors import LANES
 
 rotary = kernels("rotary")
 NAN, INF = math.nan, math.inf
+
+
+@pytest.fixture(autouse=True, scope="module")
+def nan_in_new_memory() -> Iterator[None]:
+    """What a kernel leaves as it was shows."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(XP, "empty", lambda shape, dtype: np.full(shape, NAN, dtype))
+        yield
 
 
 def numbers(seed: int, *shape: int) -> np.ndarray:
