@@ -509,11 +509,9 @@ def attention(
     largest, total = (xp.empty((a, b, c, rows), dtype="float32") for _ in range(2))
     blocks = a * b * c * blocks_for(rows, SIDE), max(1, blocks_for(width, SIDE))
     arrays = (readable(spread(xp, x, lead)) for x in (query, key, value))
-    scale = np.float32(query.shape[-1] ** -0.5 if scale is None else scale)
-    run(
-        attend, blocks, (ACROSS, DOWN), *arrays, additive(xp, mask, lead, rows, keys), out, largest, total, scale,
-        bool(is_causal),
-    )  # fmt: skip
+    given = *arrays, additive(xp, mask, lead, rows, keys)
+    options = np.float32(query.shape[-1] ** -0.5 if scale is None else scale), bool(is_causal)
+    run(attend, blocks, (ACROSS, DOWN), *given, out, largest, total, *options)
     return gathered(xp, out, lead), *(xp.reshape(x, (*lead, rows, 1)) for x in (largest, total))
 
 
@@ -549,9 +547,7 @@ def attention_gradients(
     return tuple(gathered(xp, x, lead) for x in (to_query, to_key, to_value))
 
 
-def cached_attention(
-    xp: Any, query: Any, key: Any, value: Any, lengths: Any, *, scale: float | None = None
-) -> Any:  # fmt: skip
+def cached_attention(xp: Any, query: Any, key: Any, value: Any, lengths: Any, *, scale: float | None = None) -> Any:
     """Attention of one new token of each sequence: query (B, H, D), key (B, G, capacity, D), value (B, G, capacity, E).
 
     lengths: (B,) integers, how many of a sequence's keys there are. They lie on the device, so that nobody complains of
@@ -564,8 +560,8 @@ def cached_attention(
     spans = max(1, blocks_for(capacity, SPAN))
     found = xp.empty((batch, heads, spans, width + 2), dtype="float32") if spans > 1 else out[:, :, None]
     arrays, lengths = (readable(x) for x in (query, key, value)), row_by_row(lengths)
-    scale = np.float32(features**-0.5 if scale is None else scale)
-    run(attend_span, batch * heads * spans, (LANES, TURNS), *arrays, lengths, found, scale)
+    factor = np.float32(features**-0.5 if scale is None else scale)
+    run(attend_span, batch * heads * spans, (LANES, TURNS), *arrays, lengths, found, factor)
     if spans > 1:
         run(join_spans, batch * heads, min(THREADS, width), found, lengths, out, capacity)
     return out

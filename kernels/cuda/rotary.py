@@ -46,11 +46,10 @@ def rotate(xp: Any, x: Any, cos: Any, sin: Any) -> Any:
     # lies as the input does: heads are views of what one linear layer made.
     x, cos, sin = (xp.broadcast_to(a, shape) for a in (x, cos, sin))
     order = (*sorted(range(len(shape) - 1), key=lambda axis: -x.strides[axis]), len(shape) - 1)
-    back = tuple(int(axis) for axis in np.argsort(order))
-    arrays = (xp.permute_dims(a, order) for a in (x, cos, sin))
-    turned = xp.empty([shape[axis] for axis in order], dtype="float32")
-    rotate_into(xp, *arrays, turned)
-    return xp.permute_dims(turned, back)
+    x, cos, sin = (xp.permute_dims(a, order) for a in (x, cos, sin))
+    out = xp.empty(x.shape, dtype="float32")
+    rotate_into(xp, x, cos, sin, out)
+    return xp.permute_dims(out, tuple(map(order.index, range(len(order)))))
 
 
 def rotate_into(xp: Any, x: Any, cos: Any, sin: Any, out: Any) -> None:

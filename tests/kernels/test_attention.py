@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import math
 import os
 import subprocess
@@ -349,6 +350,23 @@ def test_arrays_are_read_as_they_lie(monkeypatch: pytest.MonkeyPatch) -> None:
     compare(*arrays[:2], *(np.broadcast_to(x[:, :1], x.shape) for x in arrays[2:]), numbers(5, 9, 1)[::-1])
     query, key, value = arrays[0][..., 0, :], *arrays[1:3]
     near(attention.cached_attention(XP, query, key, value, np.array([9])), one_token(query, key, value, np.array([9])))
+
+
+@pytest.mark.skipif(not SIMULATED, reason="elsewhere, all tiles are as large")
+def test_tiles_as_large_as_on_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    from tinytorch.kernels.cuda import jit
+
+    monkeypatch.setattr(jit, "SIMULATED", False)
+    spec = importlib.util.find_spec(attention.__name__)
+    large = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(large)
+    assert large.SIDE > attention.SIDE
+    monkeypatch.setattr(sys.modules[__name__], "attention", large)
+    compare(numbers(0, 67, 3), numbers(1, 67, 5), numbers(2, 66, 5), numbers(3, 66, 3), is_causal=True)
+    query, key, value = numbers(0, 1, 2, 5), numbers(1, 1, 1, 270, 5), numbers(2, 1, 1, 270, 3)
+    for capacity, length in ((70, 67), (270, 260)):
+        given = query, key[:, :, :capacity], value[:, :, :capacity], np.array([length])
+        near(large.cached_attention(XP, *given), one_token(*given))
 
 
 # -- the exponential ---------------------------------------------------------------------------------------------------
