@@ -14,10 +14,11 @@ import numpy as np
 import pytest
 from hypothesis import example, given
 from hypothesis import strategies as st
+from numba.np.numpy_support import as_dtype
 
 from tests.kernels.guarded import guarded, guarded_empty
 from tests.kernels.pictures import LAYOUTS, XP, laid_out, near
-from tests.kernels.place import SIMULATED, WHERE, cpu_only, drawn, kernels
+from tests.kernels.place import SIMULATED, cpu_only, cuda_only, drawn, kernels
 from tinytorch import m13_attention as m13
 from tinytorch.kernels.cpu.attention import KEYS, QUERIES, exp_or_zero
 from tinytorch.kernels.cpu.jit import kernel
@@ -34,8 +35,17 @@ def scaled(count: int) -> int:
     return max(1, count // 12) if SIMULATED else count
 
 
+def one_shared_array(self: Any, shape: Any, dtype: Any) -> np.ndarray:
+    """The simulator's `cuda.shared.array`, which gives two arrays to threads of a block that come at the same time."""
+    frame = sys._getframe(1)
+    new = np.empty(shape, as_dtype(dtype))
+    return self._allocations.setdefault((frame.f_code.co_filename, frame.f_lineno), new)
+
+
 if SIMULATED:
-    sys.setswitchinterval(0.0005)  # one of its threads asks the others, all the time, whether they wait
+    from numba.cuda.simulator.kernelapi import FakeCUDAShared
+
+    FakeCUDAShared.array = one_shared_array
     leads = st.sampled_from([[], [3], [2, 1], [1, 2, 2], [1, 2, 1, 2]])
     places, features = st.integers(1, 12), st.integers(1, 5) | st.integers(1, 10)
 else:
@@ -271,7 +281,7 @@ def test_a_cache_that_does_not_fit() -> None:
             attention.cached_attention(XP, query, key, key, np.array(lengths))
 
 
-@pytest.mark.skipif(WHERE != "cuda", reason="lengths lie on the device, where nobody complains")
+@cuda_only  # lengths lie on the device, where nobody complains
 @pytest.mark.parametrize("kind", ["int8", "int32", "int64"])
 def test_nobody_reads_outside_of_the_cache(kind: str) -> None:
     query, key, value = numbers(0, 2, 6, 8), numbers(1, 2, 3, 10, 8), numbers(2, 2, 3, 10, 5)
@@ -357,6 +367,7 @@ def test_tiles_as_large_as_on_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
     from tinytorch.kernels.cuda import jit
 
     monkeypatch.setattr(jit, "SIMULATED", False)
+    monkeypatch.setattr(jit, "helper", lambda function: function)
     spec = importlib.util.find_spec(attention.__name__)
     large = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(large)
