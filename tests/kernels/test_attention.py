@@ -2,32 +2,65 @@
 
 from __future__ import annotations
 
+import importlib.util
 import math
 import os
 import subprocess
 import sys
+from collections.abc import Iterator
 from typing import Any
 
 import numpy as np
 import pytest
-from hypothesis import example, given, settings
+from hypothesis import example, given
 from hypothesis import strategies as st
+from numba.np.numpy_support import as_dtype
 
 from tests.kernels.guarded import guarded, guarded_empty
 from tests.kernels.pictures import LAYOUTS, XP, laid_out, near
+from tests.kernels.place import SIMULATED, cpu_only, cuda_only, drawn, kernels
 from tinytorch import m13_attention as m13
-from tinytorch.kernels.cpu import attention
 from tinytorch.kernels.cpu.attention import KEYS, QUERIES, exp_or_zero
 from tinytorch.kernels.cpu.jit import kernel
 from tinytorch.kernels.cpu.vectors import LANES, address, load, store
 from tinytorch.m13_attention_appendix import cached_attention
 
+attention = kernels("attention")
 INF, NAN = math.inf, math.nan
 seeds = st.integers(0, 1 << 30)
-places = st.integers(1, 20) | st.integers(1, 150)
-features = st.integers(1, 40)
+
+
+def scaled(count: int) -> int:
+    """As many, or a twelfth in the simulator, whose tiles are smaller too."""
+    return max(1, count // 12) if SIMULATED else count
+
+
+def one_shared_array(self: Any, shape: Any, dtype: Any) -> np.ndarray:
+    """The simulator's `cuda.shared.array`, which gives two arrays to threads of a block that come at the same time."""
+    frame = sys._getframe(1)
+    new = np.empty(shape, as_dtype(dtype))
+    return self._allocations.setdefault((frame.f_code.co_filename, frame.f_lineno), new)
+
+
+if SIMULATED:
+    from numba.cuda.simulator.kernelapi import FakeCUDAShared
+
+    FakeCUDAShared.array = one_shared_array
+    leads = st.sampled_from([[], [3], [2, 1], [1, 2, 2], [1, 2, 1, 2]])
+    places, features = st.integers(1, 12), st.integers(1, 5) | st.integers(1, 10)
+else:
+    leads = st.lists(st.integers(1, 3), max_size=4)
+    places, features = st.integers(1, 20) | st.integers(1, 150), st.integers(1, 40)
 MASKS = ("none", "bool", "added", "hidden rows")
 LAYS = (*LAYOUTS, "heads")
+
+
+@pytest.fixture(autouse=True, scope="module")
+def nan_in_new_memory() -> Iterator[None]:
+    """What a kernel leaves as it was shows."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(XP, "empty", lambda shape, dtype: np.full(shape, NAN, dtype))
+        yield
 
 
 def numbers(seed: int, *shape: int) -> np.ndarray:
@@ -82,14 +115,15 @@ def compare(g: Any, query: Any, key: Any, value: Any, mask: Any = None, **option
 
 
 @given(
-    st.lists(st.integers(1, 3), max_size=4), places, places, features, features, st.sampled_from(MASKS), st.booleans(),
-    st.sampled_from(LAYS), st.sampled_from([None, 0.3, 1.0]), seeds,
+    leads, places, places, features, features, st.sampled_from(MASKS), st.booleans(), st.sampled_from(LAYS),
+    st.sampled_from([None, 0.3, 1.0]), seeds,
 )  # fmt: skip
-@example([2, 3], 150, 150, 40, 24, "none", True, "heads", None, 0)
-@example([1, 2], 140, 140, 32, 32, "hidden rows", True, "plain", None, 1)
-@example([2], 1, 130, 33, 5, "none", True, "plain", None, 2)
-@example([3], 130, 5, 7, 40, "bool", True, "plain", None, 3)
-@settings(deadline=None, max_examples=120)
+@example([2, 3], scaled(150), scaled(150), scaled(40), scaled(24), "none", True, "heads", None, 0)
+@example([1, 2], scaled(140), scaled(140), scaled(32), scaled(32), "hidden rows", True, "plain", None, 1)
+@example([2], 1, scaled(130), scaled(33), 5, "none", True, "plain", None, 2)
+@example([3], scaled(130), 5, 7, scaled(40), "bool", True, "plain", None, 3)
+@example([], 9, 10, 10, 9, "none", False, "plain", None, 4)
+@drawn(120)
 def test_forward_and_backward(
     lead: list, queries: int, keys: int, features: int, width: int, mask: str, is_causal: bool, layout: str,
     scale: float | None, seed: int,
@@ -101,10 +135,13 @@ def test_forward_and_backward(
 
 
 @given(places, places, st.lists(st.booleans(), min_size=15, max_size=15), st.sampled_from(MASKS), st.booleans(), seeds)
-@settings(deadline=None, max_examples=60)
+@drawn(60)
 def test_leading_axes_broadcast(queries: int, keys: int, ones: list, mask: str, is_causal: bool, seed: int) -> None:
     def lead(i: int) -> tuple:
-        return tuple(1 if one else n for one, n in zip(ones[3 * i : 3 * i + 3], (2, 2, 3), strict=True))
+        return tuple(
+            1 if one else n
+            for one, n in zip(ones[3 * i : 3 * i + 3], (1, 2, 2) if SIMULATED else (2, 2, 3), strict=True)
+        )
 
     shapes = (queries, 9), (keys, 9), (keys, 5)
     query, key, value = (numbers(seed + i, *lead(i), *shape) for i, shape in enumerate(shapes))
@@ -115,30 +152,33 @@ def test_leading_axes_broadcast(queries: int, keys: int, ones: list, mask: str, 
 
 
 def test_one_key_head_for_many_queries() -> None:
-    query, key, value = numbers(0, 2, 6, 70, 8), numbers(1, 2, 2, 70, 8), numbers(2, 2, 2, 70, 8)
-    key, value = (np.broadcast_to(x[:, :, None], (2, 2, 3, 70, 8)) for x in (key, value))
-    query = query.reshape(2, 2, 3, 70, 8)
-    compare(numbers(3, 2, 2, 3, 70, 8), query, key, value, is_causal=True)
+    batch, count = (1, 5) if SIMULATED else (2, 70)
+    query, key, value = (numbers(i, batch, heads, count, 8) for i, heads in enumerate((6, 2, 2)))
+    key, value = (np.broadcast_to(x[:, :, None], (batch, 2, 3, count, 8)) for x in (key, value))
+    query = query.reshape(batch, 2, 3, count, 8)
+    compare(numbers(3, batch, 2, 3, count, 8), query, key, value, is_causal=True)
 
 
 def test_rows_that_see_nothing_are_zero() -> None:
-    query, key, value = numbers(0, 2, 70, 8), numbers(1, 2, 130, 8), numbers(2, 2, 130, 8)
-    mask = np.ones((70, 130), bool)
-    mask[[0, 20, 69]] = False
-    mask[30, :100] = False  # nothing in the first block of keys
+    queries, keys = (10, 18) if SIMULATED else (70, 130)
+    query, key, value = numbers(0, 2, queries, 8), numbers(1, 2, keys, 8), numbers(2, 2, keys, 8)
+    mask, nothing, little = np.ones((queries, keys), bool), [0, queries // 3, queries - 1], queries // 2
+    mask[nothing] = False
+    mask[little, : keys * 3 // 4] = False  # nothing in the first block of keys
     out, largest, sums = attention.attention(XP, query, key, value, mask)
-    assert not out[:, [0, 20, 69]].any()
-    assert (largest[:, 20] == 0).all()
-    assert (sums[:, 20] == 1).all()
-    assert out[:, 30].any(axis=-1).all()
+    assert not out[:, nothing].any()
+    assert (largest[:, nothing] == 0).all()
+    assert (sums[:, nothing] == 1).all()
+    assert out[:, little].any(axis=-1).all()
     gradients = attention.attention_gradients(XP, out + 1, query, key, value, mask, out, largest, sums)
-    assert not gradients[0][:, [0, 20, 69]].any()
+    assert not gradients[0][:, nothing].any()
     assert all(np.isfinite(x).all() for x in gradients)
 
 
 def test_large_scores() -> None:
-    query, key, value = numbers(0, 3, 80, 8) * 30, numbers(1, 3, 80, 8) * 30, numbers(2, 3, 80, 8)
-    key[:, 64:] *= 4  # a later block of keys has the largest scores
+    count, later = (12, 8) if SIMULATED else (80, 64)
+    query, key, value = numbers(0, 3, count, 8) * 30, numbers(1, 3, count, 8) * 30, numbers(2, 3, count, 8)
+    key[:, later:] *= 4  # a later block of keys has the largest scores
     out, largest, _ = attention.attention(XP, query, key, value)
     expected = m13.attention.function(XP, *map(double, (query, key, value)))
     np.testing.assert_allclose(out, expected[0], atol=3e-3)  # scores of 10,000 have three decimals
@@ -146,10 +186,11 @@ def test_large_scores() -> None:
 
 
 def test_nan_stays_where_it_is_seen() -> None:
-    query, key, value = numbers(0, 2, 70, 8), numbers(1, 2, 70, 8), numbers(2, 2, 70, 8)
-    key[1, 66, 3] = NAN
+    count, at = (12, 10) if SIMULATED else (70, 66)
+    query, key, value = numbers(0, 2, count, 8), numbers(1, 2, count, 8), numbers(2, 2, count, 8)
+    key[1, at, 3] = NAN
     out = attention.attention(XP, query, key, value, is_causal=True)[0]
-    assert np.isnan(out).any(axis=-1).tolist() == [[False] * 70, [False] * 66 + [True] * 4]
+    assert np.isnan(out).any(axis=-1).tolist() == [[False] * count, [False] * at + [True] * (count - at)]
     value[0, 5, 2] = INF
     assert (attention.attention(XP, query, key, value, is_causal=True)[0][0, 5:, 2] == INF).all()
 
@@ -191,11 +232,13 @@ def one_token(query: Any, key: Any, value: Any, lengths: Any, scale: float | Non
 
 
 @given(
-    st.integers(0, 4), st.integers(1, 3), st.integers(1, 3), st.integers(0, 90), features, features,
-    st.sampled_from(LAYS), st.sampled_from([None, 0.3]), seeds,
+    st.integers(0, 2 if SIMULATED else 4), st.integers(1, 3), st.integers(1, 3),
+    st.integers(0, 30 if SIMULATED else 90), features, features, st.sampled_from(LAYS),
+    st.sampled_from([None, 0.3]), seeds,
 )  # fmt: skip
-@example(4, 2, 3, 90, 40, 16, "heads", None, 0)
-@settings(deadline=None, max_examples=60)
+@example(4, 2, 3, 18 if SIMULATED else 90, scaled(40), scaled(16), "heads", None, 0)
+@example(3, 1, 2, 30 if SIMULATED else 600, 9, 1, "plain", None, 1)
+@drawn(60)
 def test_one_new_token(
     batch: int, groups: int, each: int, capacity: int, features: int, width: int, layout: str, scale: float | None,
     seed: int,
@@ -211,6 +254,15 @@ def test_one_new_token(
          one_token(query, key, value, lengths, scale))  # fmt: skip
 
 
+@pytest.mark.parametrize("capacity", [10, 30 if SIMULATED else 600])
+def test_one_new_token_of_large_scores_or_without_keys(capacity: int) -> None:
+    query, key, value = numbers(0, 3, 2, 8) * 30, numbers(1, 3, 2, capacity, 8) * 30, numbers(2, 3, 2, capacity, 5)
+    lengths = np.array([capacity, 0, capacity // 2])
+    out = attention.cached_attention(XP, query, key, value, lengths)
+    np.testing.assert_allclose(out, one_token(query, key, value, lengths), atol=3e-3)
+
+
+@cpu_only
 @pytest.mark.parametrize("end", [True, False])
 def test_one_new_token_at_protected_pages(end: bool) -> None:
     for features, width, capacity in ((1, 3, 5), (LANES, LANES + 1, LANES), (2 * LANES + 3, 2 * LANES, 70)):
@@ -221,11 +273,20 @@ def test_one_new_token_at_protected_pages(end: bool) -> None:
         near(out, one_token(query, key, value, lengths))
 
 
+@cpu_only
 def test_a_cache_that_does_not_fit() -> None:
     query, key = numbers(0, 2, 6, 8), numbers(1, 2, 3, 10, 8)
     for lengths in ([1, 11], [-1, 2]):
         with pytest.raises(ValueError, match="lengths must be between 0 and 10"):
             attention.cached_attention(XP, query, key, key, np.array(lengths))
+
+
+@cuda_only  # lengths lie on the device, where nobody complains
+@pytest.mark.parametrize("kind", ["int8", "int32", "int64"])
+def test_nobody_reads_outside_of_the_cache(kind: str) -> None:
+    query, key, value = numbers(0, 2, 6, 8), numbers(1, 2, 3, 10, 8), numbers(2, 2, 3, 10, 5)
+    out = attention.cached_attention(XP, query, key, value, np.array([99, -1], kind))
+    near(out, one_token(query, key, value, np.array([10, 0])))
 
 
 # -- memory and cores --------------------------------------------------------------------------------------------------
@@ -234,6 +295,7 @@ SIZES = [(1, 1, 1, 1), (3, 5, LANES - 1, LANES + 1), (LANES + 1, KEYS + 3, LANES
          (QUERIES + 9, KEYS + LANES + 5, 2 * LANES + 3, 5)]  # fmt: skip
 
 
+@cpu_only
 @pytest.mark.parametrize("is_causal", [False, True])
 @pytest.mark.parametrize("end", [True, False])
 def test_at_protected_pages(end: bool, is_causal: bool) -> None:
@@ -269,6 +331,7 @@ print(*(x.tobytes().hex() for x in (*found, *slopes)))
 """
 
 
+@cpu_only
 def test_one_core_and_several() -> None:
     results = []
     for threads in ("1", "2"):
@@ -280,11 +343,41 @@ def test_one_core_and_several() -> None:
 
 
 def test_twice_is_the_same() -> None:
-    g, query, key, value = (numbers(i, 5, 100, 16) for i in range(4))
+    g, query, key, value = (numbers(i, 2 if SIMULATED else 5, scaled(100), 16) for i in range(4))
     found = [attention.attention(XP, query, key, value, is_causal=True) for _ in range(2)]
     slopes = [attention.attention_gradients(XP, g, query, key, value, None, *x, is_causal=True) for x in found]
     for one, other in zip((*found[0], *slopes[0]), (*found[1], *slopes[1]), strict=True):
         assert np.array_equal(one, other)
+
+
+@pytest.mark.skipif(not SIMULATED, reason="of NumPy's arrays, only the simulator takes those that lie otherwise")
+def test_arrays_are_read_as_they_lie(monkeypatch: pytest.MonkeyPatch) -> None:
+    from numba.cuda.simulator.cudadrv.devicearray import FakeCUDAArray
+
+    monkeypatch.setattr(attention, "readable", lambda x: FakeCUDAArray(np.asarray(x)))
+    arrays = [lay(numbers(i, 1, 2, 9, 5), "heads") for i in range(4)]
+    compare(*arrays, mask_of("added", 0, (1, 2, 1, 9)), is_causal=True)
+    compare(*arrays[:2], *(np.broadcast_to(x[:, :1], x.shape) for x in arrays[2:]), numbers(5, 9, 1)[::-1])
+    query, key, value = arrays[0][..., 0, :], *arrays[1:3]
+    near(attention.cached_attention(XP, query, key, value, np.array([9])), one_token(query, key, value, np.array([9])))
+
+
+@pytest.mark.skipif(not SIMULATED, reason="elsewhere, all tiles are as large")
+def test_tiles_as_large_as_on_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    from tinytorch.kernels.cuda import jit
+
+    monkeypatch.setattr(jit, "SIMULATED", False)
+    monkeypatch.setattr(jit, "helper", lambda function: function)
+    spec = importlib.util.find_spec(attention.__name__)
+    large = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(large)
+    assert large.SIDE > attention.SIDE
+    monkeypatch.setattr(sys.modules[__name__], "attention", large)
+    compare(numbers(0, 67, 3), numbers(1, 67, 5), numbers(2, 66, 5), numbers(3, 66, 3), is_causal=True)
+    query, key, value = numbers(0, 1, 2, 5), numbers(1, 1, 1, 270, 5), numbers(2, 1, 1, 270, 3)
+    for capacity, length in ((70, 67), (270, 260)):
+        given = query, key[:, :, :capacity], value[:, :, :capacity], np.array([length])
+        near(large.cached_attention(XP, *given), one_token(*given))
 
 
 # -- the exponential ---------------------------------------------------------------------------------------------------
@@ -296,6 +389,7 @@ def exp_of(x, out):
         store(address(out) + 4 * i, exp_or_zero(load(address(x) + 4 * i)))
 
 
+@cpu_only
 def test_exponential() -> None:
     x = np.linspace(-87.29, 88.2, 1 << 20, dtype="float32")
     out = np.empty_like(x)
