@@ -347,6 +347,10 @@ for _operation, _place, _when, _why in (
     (gather_from_maxima, "pooling:gather_from_maxima", gathers, "float32 or int64 values, float32 pictures"),
     (avg_pool, "pooling:avg_pool", of_floats, FLOATS),
     (avg_pool_gradient, "pooling:avg_pool_gradient", of_floats, FLOATS),
+    (attention, "attention:attention", attends, "float32, a mask of booleans or of float32"),
+    (attention_gradients, "attention:attention_gradients", attends_back, "float32, no gradient for the mask"),
+    (cached_attention, "attention:cached_attention", attends_cached, FLOATS),
+    (rotate, "rotary:rotate", turns, FLOATS),
     (embedding_weight_gradient, "embedding:embedding_weight_gradient", scatters, "float32, from 1,024 elements"),
 ):  # fmt: skip
     attach(_operation, "cupy", f"{CUDA}.{_place}", _when, _why)

@@ -14,7 +14,6 @@ import numpy as np
 import pytest
 from hypothesis import example, given
 from hypothesis import strategies as st
-from numba.np.numpy_support import as_dtype
 
 from tests.kernels.guarded import guarded, guarded_empty
 from tests.kernels.pictures import LAYOUTS, XP, laid_out, near
@@ -35,17 +34,7 @@ def scaled(count: int) -> int:
     return max(1, count // 12) if SIMULATED else count
 
 
-def one_shared_array(self: Any, shape: Any, dtype: Any) -> np.ndarray:
-    """The simulator's `cuda.shared.array`, which gives two arrays to threads of a block that come at the same time."""
-    frame = sys._getframe(1)
-    new = np.empty(shape, as_dtype(dtype))
-    return self._allocations.setdefault((frame.f_code.co_filename, frame.f_lineno), new)
-
-
 if SIMULATED:
-    from numba.cuda.simulator.kernelapi import FakeCUDAShared
-
-    FakeCUDAShared.array = one_shared_array
     leads = st.sampled_from([[], [3], [2, 1], [1, 2, 2], [1, 2, 1, 2]])
     places, features = st.integers(1, 12), st.integers(1, 5) | st.integers(1, 10)
 else:
