@@ -270,8 +270,9 @@ def kernels(as_json: JsonOption = False) -> None:
     if as_json:
         print(json.dumps(report, indent=2))
         return
-    columns = ("operation", "backend", "kernel", "why")
-    print_rows(columns, [tuple(row[column] for column in columns) for row in report["kernels"]])
+    files = [row["kernel"].partition(":")[0] for row in report["kernels"]]
+    rows = [(row["operation"], file, row["why"]) for row, file in zip(report["kernels"], files, strict=True)]
+    print_rows(("operation", "kernel", "why"), rows)
     print(f"Kernels are {report['state']}. Compiled for {report['cpu']} with {report['lanes']} floats in a vector, "
           f"on {report['cores']} core(s).")  # fmt: skip
     print(f"{report['compiled']} compiled functions, {report['bytes'] / 1e6:.1f} MB, are kept in {report['cache']}")
