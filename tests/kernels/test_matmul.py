@@ -13,6 +13,7 @@ from hypothesis import strategies as st
 
 from tests.kernels.guarded import guarded, guarded_empty
 from tests.kernels.pictures import LAYOUTS, XP, laid_out, near
+from tests.kernels.place import cpu_only
 from tinytorch.kernels.cpu import matmul as kernels
 from tinytorch.kernels.cpu.jit import kernel
 from tinytorch.kernels.cpu.matmul import (
@@ -30,6 +31,8 @@ from tinytorch.kernels.cpu.matmul import (
 )
 from tinytorch.kernels.cpu.tiles import ROWS, VECTOR_BYTES, transpose, turn
 from tinytorch.kernels.cpu.vectors import LANES
+
+pytestmark = cpu_only
 
 seeds = st.integers(0, 1 << 30)
 sizes = st.integers(0, 80)
