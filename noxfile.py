@@ -155,6 +155,15 @@ def milestones(session: nox.Session) -> None:
 
 
 @nox.session
+def learn(session: nox.Session) -> None:
+    """Wrong solutions of every exercise, which its tests must see; and learners' modules 1 to k with the others."""
+    install(session, "test")
+    session.run("python", "tests/learn/measure_wrong.py", *session.posargs)
+    if not session.posargs:
+        session.run("python", "tests/learn/every_k.py")
+
+
+@nox.session
 def notebook(session: nox.Session) -> None:
     """Make milestones/colab.ipynb of milestones/colab.py."""
     install(session, "test")
