@@ -22,7 +22,7 @@ import tinytorch
 from tinytorch.curriculum import MODULES, Module, find_module
 from tinytorch.learn import exercises
 from tinytorch.learn.exercises import Exercise, definition
-from tinytorch.learn.workspace import Update, Workspace, digest
+from tinytorch.learn.workspace import Update, Workspace, digest, in_cells
 from tinytorch.terminal import JsonOption, fail
 
 app = typer.Typer(
@@ -99,14 +99,18 @@ def diff(
     """Show how your exercises differ from the reference's; those that it shows count as solutions looked at."""
     with refused():
         workspace, found = in_force(), find_module(module)
-        text, known = workspace.text(found.number), exercises.exercises(found.number)
-        own = own_definitions(workspace.root / found.file, text, known)
+        path, text = workspace.existing(found.number), workspace.text(found.number)
+        other = exercises.reference(found.number)
+        if path.suffix == ".ipynb":
+            other = in_cells(other)
+        known = exercises.exercises(found.number)
+        own = own_definitions(path, text, known)
         written = [each for each in known if everything or not is_unwritten(text, each.name)]
         different = [each for each in written if own.get(each.name) != each.source.splitlines()]
         for exercise in different:
             workspace.record_solution(found.number, exercise.name)
     if everything:
-        print_diff(text.splitlines(), exercises.reference(found.number).splitlines(), f"{found.file}.py")
+        print_diff(text.splitlines(), other.splitlines(), found.file)
         return
     for exercise in different:
         print_diff(own.get(exercise.name, []), exercise.source.splitlines(), exercise.name)
@@ -149,7 +153,7 @@ def which(as_json: JsonOption = False) -> None:
     """Say for each module whose code runs here: yours or the reference."""
     with refused():
         workspace = in_force()
-        files = {module: workspace.file(module.number) for module in MODULES}
+        files = [workspace.file(module.number) for module in MODULES]
     rows: list[dict[str, Any]] = [
         {
             "number": module.number,
@@ -157,7 +161,7 @@ def which(as_json: JsonOption = False) -> None:
             "yours": path is not None,
             "file": str(path or exercises.CHAPTERS / f"{module.file}.py"),
         }
-        for module, path in files.items()
+        for module, path in zip(MODULES, files, strict=True)
     ]
     if as_json:
         print(json.dumps(rows, indent=2))
@@ -390,7 +394,7 @@ def wrapped(text: str, indent: str = "") -> str:
 
 def paragraphs(text: str) -> str:
     """A text whose paragraphs are wrapped; tables, lists and whatever is indented keep their lines."""
-    blocks = re.split(r"\n\s*\n", text)
+    blocks = re.split(r"\n\s*\n", re.sub(r"^(#+ .*)\n", r"\1\n\n", text, flags=re.MULTILINE))
     plain = [not re.search(r"^(\s|[-*#|$>`]|\d+\.)", block, re.MULTILINE) for block in blocks]
     return "\n\n".join(
         textwrap.fill(block, WIDTH, break_long_words=False) if is_plain else block

@@ -107,12 +107,20 @@ class Workspace:
             raise ValueError(f"{name}.py and {name}.ipynb are both in {self.root}: move one of them elsewhere")
         return found[0] if found else None
 
+    def existing(self, number: int) -> Path:
+        """The learner's file of a module; FileNotFoundError where there is none."""
+        path = self.file(number)
+        if path is None:
+            file = module_of(number).file
+            raise FileNotFoundError(f"you have no {file} in {self.root}; begin with: tinytorch learn start {number:02}")
+        return path
+
     def text(self, number: int) -> str:
         """The Python text of a learner's file; of a notebook, its cells behind `# %%` lines.
 
         Raises FileNotFoundError where there is none, and ValueError for one that is not UTF-8, or no notebook.
         """
-        path = self._existing(number)
+        path = self.existing(number)
         return text_of(path, path.read_bytes())
 
     def numbers(self) -> list[int]:
@@ -137,13 +145,6 @@ class Workspace:
     def base(self, number: int) -> Path:
         """Where the text of a module is kept as it was handed out."""
         return self.kept / "base" / f"{module_of(number).file}.py"
-
-    def _existing(self, number: int) -> Path:
-        path = self.file(number)
-        if path is None:
-            file = module_of(number).file
-            raise FileNotFoundError(f"you have no {file} in {self.root}; begin with: tinytorch learn start {number:02}")
-        return path
 
     # -- progress ------------------------------------------------------------------------------------------------------
 
@@ -223,7 +224,7 @@ class Workspace:
         return done
 
     def _update(self, number: int) -> Update:
-        path, base = self._existing(number), self.base(number)
+        path, base = self.existing(number), self.base(number)
         raw = path.read_bytes()
         try:
             was, mine, new = base.read_bytes().decode(), text_of(path, raw), handed_out(number)
