@@ -64,3 +64,8 @@ def test_two_insertions_at_one_place_meet() -> None:
 
 def test_changes_of_neighbouring_lines_do_not_meet() -> None:
     assert merge(["doc", "raise"], ["doc", "body", "end"], ["new doc", "raise"]) == (["new doc", "body", "end"], [])
+
+
+def test_lines_that_are_there_often_are_compared_too() -> None:
+    base = ["pass", "x"] * 200
+    assert merge(base, ["first", *base], [*base, "last"]) == (["first", *base, "last"], [])

@@ -68,6 +68,11 @@ def test_cells_are_those_that_jupytext_makes() -> None:
     assert not any("id" in cell for cell in made["cells"])
 
 
+def test_cells_that_hold_nothing_are_left_out() -> None:
+    made = json.loads(to_notebook("# %%\nx = 1\n\n# %%\n\n\n# %% [markdown]\n#\n\n# %%\n"))
+    assert [cell["source"] for cell in made["cells"]] == [["x = 1"]]
+
+
 def test_the_text_of_a_learners_notebook() -> None:
     content = notebook(
         ("markdown", ["# Mine\n", "\n", "text"]), ("code", "x = 1\n\ny = 2\n"), ("raw", "raw"), ("code", "")

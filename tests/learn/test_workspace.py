@@ -80,6 +80,9 @@ def test_making_a_workspace_again_changes_nothing(workspace: Workspace) -> None:
     assert Workspace.create(workspace.root) == workspace
     assert files(workspace.root) == before
     assert workspace.version() == __version__
+    (workspace.kept / "workspace.json").write_text('{"format": 1, "tinytorch": "0.0.1"}')
+    workspace.start(3)
+    assert workspace.version() == "0.0.1"  # an update is still due
 
 
 def test_a_newer_layout_is_refused(workspace: Workspace) -> None:
@@ -112,7 +115,7 @@ def test_a_module_begins_as_a_notebook(workspace: Workspace) -> None:
     assert BODY in workspace.text(2)
     assert workspace.text(2).startswith('"""Module 02: a number in a box."""\n')
     compile(workspace.text(2), "m02_tensor", "exec")
-    assert workspace.base(2).read_bytes().decode() == Workspace(workspace.root).base(2).read_text(encoding="utf-8")
+    assert "never ≤ x" in path.read_text(encoding="utf-8")
 
 
 @pytest.mark.parametrize("first", [False, True])
@@ -321,6 +324,26 @@ def test_an_update_of_a_notebook_keeps_outputs(workspace: Workspace, monkeypatch
     kept = [cell for cell in after.cells if cell.get("outputs")]
     assert [cell.outputs[0].text for cell in kept] == ["ran 0", f"ran {len(notebook.cells) - 1}"]
     assert [again.outcome for again in workspace.update()] == ["current"]
+
+
+def test_a_cell_that_is_no_longer_there_leaves_a_notebook(
+    workspace: Workspace, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    workspace.start(2, notebook=True)
+    start, end = TENSOR.index("# %% [markdown]\n# ### Boxes"), TENSOR.index("# %%\nclass Box")
+    newer(workspace, monkeypatch, TENSOR[:start] + TENSOR[end:])
+    (done,) = workspace.update()
+    assert (done.outcome, done.conflicts) == ("updated", ())
+    assert "### Boxes" not in workspace.text(2)
+
+
+def test_what_a_killed_process_left_goes_later(workspace: Workspace) -> None:
+    new, old = (workspace.root / f".m02_tensor.py.{number}.tmp" for number in (1, 2))
+    for path in (new, old):
+        path.write_bytes(b"half")
+    os.utime(old, (0, 0))
+    workspace.start(2)
+    assert sorted(os.listdir(workspace.root)) == [".m02_tensor.py.1.tmp", ".tinytorch", "m02_tensor.py"]
 
 
 def test_a_new_exercise_does_not_take_away_a_learners_body(

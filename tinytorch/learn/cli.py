@@ -203,30 +203,34 @@ def about(exercise: Exercise) -> str:
 def ingredients(exercise: Exercise) -> str:
     """The second: what a solution calls and reads, in its order, and the tests that it has to pass."""
     node = parsed(exercise)
-    own = {n.arg for n in ast.walk(node) if isinstance(n, ast.arg)}
-    own |= {n.id for n in ast.walk(node) if isinstance(n, ast.Name) and isinstance(n.ctx, ast.Store)}
+    own = {each.arg for each in ast.walk(node) if isinstance(each, ast.arg)}
+    own |= {each.id for each in ast.walk(node) if isinstance(each, ast.Name) and isinstance(each.ctx, ast.Store)}
+    own |= {str(each.name) for each in ast.walk(node) if isinstance(each, ast.ExceptHandler | ast.FunctionDef)}
     calls: dict[str, None] = {}
     reads: dict[str, None] = {}
 
     def visit(node: ast.AST) -> None:
         if isinstance(node, ast.Call):
             calls[dotted(node.func)] = None
-            base: ast.AST = node.func
-            while isinstance(base, ast.Attribute):
-                base = base.value
-            rest = [*node.args, *node.keywords]
-            for child in rest if isinstance(base, ast.Name) else [base, *rest]:
+            below(node.func)
+            for child in (*node.args, *node.keywords):
                 visit(child)
-        elif isinstance(node, ast.Attribute | ast.Name) and isinstance(node.ctx, ast.Load):
-            if (name := dotted(node)) not in own:
-                reads[name] = None
-            while isinstance(node, ast.Attribute):
-                node = node.value
-            if not isinstance(node, ast.Name):
-                visit(node)
+        elif isinstance(node, ast.Attribute | ast.Name):
+            if isinstance(node.ctx, ast.Load) and dotted(node) not in own:
+                reads[dotted(node)] = None
+            below(node)
         else:
-            for child in ast.iter_child_nodes(node):
-                visit(child)
+            for field, value in ast.iter_fields(node):
+                for child in value if isinstance(value, list) else [value]:
+                    if isinstance(child, ast.AST) and field not in ("annotation", "returns"):
+                        visit(child)
+
+    def below(node: ast.AST) -> None:
+        """What has the attributes, where it is no mere name: the call in f(x).shape."""
+        while isinstance(node, ast.Attribute):
+            node = node.value
+        if not isinstance(node, ast.Name):
+            visit(node)
 
     for statement in solution_body(node):
         visit(statement)
@@ -243,7 +247,10 @@ def skeleton(exercise: Exercise) -> str:
     body = solution_body(node)
     for statement in body:
         emptied(statement)
-    head = signature[: first.lineno - 1] or [signature[0][: first.col_offset].rstrip()]
+    if first not in body:
+        head = signature[: first.end_lineno]  # with the docstring
+    else:
+        head = signature[: first.lineno - 1] or [signature[0][: first.col_offset].rstrip()]
     return "\n".join([*head, textwrap.indent("\n".join(map(ast.unparse, body)), " " * 4)])
 
 
