@@ -16,6 +16,8 @@ import typer
 
 from tinytorch import __version__
 from tinytorch.curriculum import MODULES, find_module, load_modules
+from tinytorch.learn.cli import app as learn
+from tinytorch.terminal import JsonOption, fail, print_rows
 
 app = typer.Typer(
     help="TinyTorch: a deep-learning framework in twenty modules.",
@@ -36,14 +38,7 @@ show = typer.Typer(
 )
 app.add_typer(milestone, name="milestone")
 app.add_typer(show, name="show")
-
-JsonOption = Annotated[bool, typer.Option("--json", help="Print JSON instead of text.")]
-
-
-def fail(message: str, status: int = 2) -> NoReturn:
-    """End the command with one line on standard error."""
-    print(f"tinytorch: {' '.join(message.split())}", file=sys.stderr)
-    raise typer.Exit(status)
+app.add_typer(learn, name="learn")
 
 
 def _show_version(wanted: bool) -> None:
@@ -378,18 +373,6 @@ def _as_text(value: Any) -> str:
     if isinstance(value, list):
         return ", ".join(map(_as_text, value))
     return f"{value:,}" if isinstance(value, int) else f"{value:.4g}" if isinstance(value, float) else str(value)
-
-
-def print_rows(headers: tuple[str, ...], rows: list[tuple[str, ...]]) -> None:
-    """Print a table that wraps to the terminal's width."""
-    from rich import box
-    from rich.console import Console
-    from rich.table import Table
-
-    table: Any = Table(*headers, box=box.SIMPLE_HEAD, pad_edge=False)
-    for row in rows:
-        table.add_row(*row)
-    Console().print(table)
 
 
 def main(argv: list[str] | None = None) -> NoReturn:
