@@ -13,13 +13,14 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True)
 class Milestone:
-    """One program: what it shows, on which data, and what it must reach."""
+    """One program: what it shows, on which data, what it must reach, and the last module that it needs."""
 
     name: str
     year: int
     title: str
     data: str
     threshold: str
+    after: int
 
     def run(self, argv: Sequence[str] = ()) -> int:
         """Run the program with these command-line arguments; returns its exit status."""
@@ -33,6 +34,7 @@ MILESTONES = (
         title="One layer separates what a line can separate",
         data="generated",
         threshold="100 %",
+        after=2,
     ),
     Milestone(
         name="xor",
@@ -40,6 +42,7 @@ MILESTONES = (
         title="One layer cannot learn XOR, two can",
         data="generated",
         threshold="one layer <= 75 %, two 100 %",
+        after=8,
     ),
     Milestone(
         name="mlp",
@@ -47,6 +50,7 @@ MILESTONES = (
         title="Backpropagation reads handwritten digits",
         data="Digits 8x8 or MNIST",
         threshold="96 % or 98 %",
+        after=10,
     ),
     Milestone(
         name="cnn",
@@ -54,6 +58,7 @@ MILESTONES = (
         title="A convolutional network learns to see",
         data="Digits 8x8, MNIST or CIFAR-10",
         threshold="98 %, 99.2 %, 55 % or 75 %",
+        after=10,
     ),
     Milestone(
         name="tinygpt",
@@ -61,6 +66,7 @@ MILESTONES = (
         title="A transformer learns to write",
         data="Python's help, Shakespeare or any text",
         threshold="loss <= 1.40 or 1.88",
+        after=14,
     ),
     Milestone(
         name="fast",
@@ -68,5 +74,6 @@ MILESTONES = (
         title="What was learned, ten times faster",
         data="the trained cnn and tinygpt",
         threshold="10 times, as good",
+        after=20,
     ),
 )
