@@ -27,8 +27,7 @@ def _workspace() -> str | None:
     if named := os.environ.get("TINYTORCH_WORKSPACE"):
         return named
     try:
-        here = os.getcwd()
-        program = os.path.dirname(os.path.abspath(sys.argv[0]))
+        here, program = os.getcwd(), os.path.dirname(os.path.abspath(sys.argv[0]))
     except (OSError, AttributeError, IndexError):  # the folder was removed; there is no program
         return None
     for folder in (program, here, *map(str, Path(here).parents)):
@@ -37,10 +36,10 @@ def _workspace() -> str | None:
     return None
 
 
-if _found := _workspace():
-    from tinytorch.learn.importing import install
+if (_found := _workspace()) is not None:  # there, chapters are the learner's
+    from tinytorch.learn import importing as _importing
 
-    install(_found)
+    _importing.install(_found)
 
 
 def __getattr__(name: str) -> Any:

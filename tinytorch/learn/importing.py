@@ -26,7 +26,7 @@ from tinytorch.curriculum import MODULES, PACKAGE, Module
 from tinytorch.learn.exercises import CHAPTERS
 from tinytorch.learn.workspace import Workspace, is_workspace
 
-__all__ = ["Used", "in_force", "install", "own_modules", "uninstall", "use_kernels", "which"]
+__all__ = ["Used", "WorkspaceError", "in_force", "install", "own_modules", "uninstall", "use_kernels", "which"]
 
 KERNELS = "TINYTORCH_LEARN_KERNELS"  # set to 1, has kernels run in the place of the learner's operations, too
 NUMBERS = {module.file: module.number for module in MODULES}
@@ -64,7 +64,7 @@ class Used:
 def which() -> list[Used]:
     """For each module of the course, whose file is used in this process; ValueError if a learner has two of one."""
     workspace = in_force()
-    files = [workspace and workspace.file(module.number) for module in MODULES]
+    files = [workspace.file(module.number) if workspace else None for module in MODULES]
     return [
         Used(module, file or CHAPTERS / f"{module.file}.py", file is not None)
         for module, file in zip(MODULES, files, strict=True)
@@ -74,6 +74,10 @@ def which() -> list[Used]:
 def own_modules() -> list[Module]:
     """The modules that are the learner's in this process."""
     return [used.module for used in which() if used.own]
+
+
+class WorkspaceError(ImportError):
+    """No chapter can be taken from a workspace as it is; the message says why."""
 
 
 class Finder(MetaPathFinder):
@@ -102,13 +106,13 @@ class Finder(MetaPathFinder):
         return found
 
     def _file(self, number: int) -> Path | None:
-        if not is_workspace(self.workspace.root):  # a wrong TINYTORCH_WORKSPACE must not have the reference run unseen
-            raise ImportError(f"{self.workspace.root} is no workspace; make it one (tinytorch learn start), or unset "
-                              "TINYTORCH_WORKSPACE")  # fmt: skip
+        root = self.workspace.root
+        if not is_workspace(root):  # a wrong TINYTORCH_WORKSPACE must not have the reference run unseen
+            raise WorkspaceError(f"TINYTORCH_WORKSPACE: {root} is no workspace; set it to one, or to nothing")
         try:
             return self.workspace.file(number)
         except ValueError as error:
-            raise ImportError(str(error)) from None
+            raise WorkspaceError(str(error)) from None
 
 
 def running(file: Path, fullname: str) -> ModuleType | None:
@@ -163,7 +167,7 @@ class LearnersFile(PackagesFile):
         try:
             text = (workspace or Workspace(Path(path).parent)).text(NUMBERS[name])
         except ValueError as error:
-            raise ImportError(str(error), name=self.name, path=path) from None
+            raise WorkspaceError(str(error), name=self.name, path=path) from None
         linecache.cache[path] = (len(text), None, text.splitlines(keepends=True), path)  # for tracebacks
         return text.encode()
 
