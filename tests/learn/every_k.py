@@ -64,8 +64,12 @@ def check(root: Path, *numbers: int) -> list[str]:
     if done.returncode:
         wrong.append(f"imports: {done.stderr[-2000:]}")
     for module in MODULES[numbers[-1] - 1 : numbers[-1] + 1]:
-        done = run(folder, "-m", f"tinytorch.{module.file}", "--tests-only")
-        if done.returncode or "  ok    test_" not in done.stdout or "FAIL" in done.stdout:
+        for _ in range(2):  # a few tests measure the machine, which may be busy for a moment
+            done = run(folder, "-m", f"tinytorch.{module.file}", "--tests-only")
+            passed = done.returncode == 0 and "  ok    test_" in done.stdout and "FAIL" not in done.stdout
+            if passed:
+                break
+        else:
             wrong.append(f"{module.file}: {done.stdout[-2000:]}{done.stderr[-2000:]}")
     return wrong
 

@@ -4,16 +4,15 @@ from __future__ import annotations
 
 import json
 import os
-import sys
 from pathlib import Path
 
 import pytest
 
-import tinytorch
 from tests.learn.every_k import check, run, workspace
 from tinytorch.curriculum import MODULES
 from tinytorch.learn.exercises import reference
 from tinytorch.learn.workspace import Workspace
+from tinytorch.milestones import perceptron
 
 ODD = "a würkspace"  # a path with a space, and with a letter that is not ASCII
 
@@ -69,7 +68,12 @@ for used in which()[:4]:
         f"3 True {folder / 'm03_activations.py'}",
         f"4 False {package / 'm04_layers.py'}",
     ]
-    assert sorted(path.name for path in folder.iterdir()) == [".tinytorch", "below", "m02_tensor.py", "m03_activations.py"]
+    assert sorted(path.name for path in folder.iterdir()) == [
+        ".tinytorch",
+        "below",
+        "m02_tensor.py",
+        "m03_activations.py",
+    ]
 
 
 def test_a_notebook_is_a_module_too(tmp_path: Path) -> None:
@@ -86,7 +90,9 @@ import inspect
 print(inspect.getsource(mine))
 """
     lines = text(tmp_path / ODD, "-c", program).splitlines()
-    (place,) = [i for i, line in enumerate(lines) if 'm03_activations.ipynb", line ' in line and line.endswith("in mine")]
+    (place,) = [
+        i for i, line in enumerate(lines) if 'm03_activations.ipynb", line ' in line and line.endswith("in mine")
+    ]
     assert lines[place + 1].strip() == "raise ValueError('übel')"
     assert "    # the learner's" in lines
 
@@ -95,10 +101,10 @@ def test_a_traceback_shows_the_learners_line(tmp_path: Path) -> None:
     folder = workspace(tmp_path / ODD, 3)
     edit(folder / "m03_activations.py", "    return xp.maximum(x, 0)\n", "    return xp.maximum(x, 1 / 0)\n")
     done = run(folder, "-c", "import tinytorch; tinytorch.relu(tinytorch.ones(2))")
-    number = (folder / "m03_activations.py").read_text(encoding="utf-8").splitlines().index(
-        "    return xp.maximum(x, 1 / 0)"
-    ) + 1
-    assert f'File "{folder / "m03_activations.py"}", line {number}, in relu\n    return xp.maximum(x, 1 / 0)' in done.stderr
+    lines = (folder / "m03_activations.py").read_text(encoding="utf-8").splitlines()
+    wrong = "    return xp.maximum(x, 1 / 0)"
+    shown = f'File "{folder / "m03_activations.py"}", line {lines.index(wrong) + 1}, in relu\n{wrong}\n'
+    assert shown in done.stderr
 
 
 def test_what_the_file_holds_is_what_runs_and_nothing_is_written_beside_it(tmp_path: Path) -> None:
@@ -199,6 +205,11 @@ def test_a_workspace_that_cannot_be_used_says_why(tmp_path: Path) -> None:
         done = run(folder, "-m", "tinytorch", "milestone", "run", "xor", **variables)
         assert (done.returncode, done.stderr.count("\n")) == (1, 1)
         assert message in done.stderr
+    (folder / "m02_tensor.py").write_bytes("ö".encode("utf-16"))  # as some editors and shells write on Windows
+    file.unlink()
+    done = run(folder, "-m", "tinytorch", "milestone", "run", "xor")
+    assert (done.returncode, done.stderr.count("\n")) == (1, 1)
+    assert "m02_tensor.py" in done.stderr
     (folder / "m02_tensor.py").unlink()
     file.write_text("{")
     done = run(folder, "-m", "tinytorch", "milestone", "run", "xor")
@@ -208,47 +219,163 @@ def test_a_workspace_that_cannot_be_used_says_why(tmp_path: Path) -> None:
 
 # -- kernels -----------------------------------------------------------------------------------------------------------
 
-COUNTED = {  # module: what stands behind the line at which a call is counted
-    2: ("def matmul(xp, a, b):\n", "matmul"),
-    3: ("def relu(xp, x):\n", "relu"),
-    9: ("def convolution(xp, x, weight, bias=None, *, windows, groups):\n", "convolution"),
-    13: ("def attention(xp, query, key, value, mask=None, *, is_causal=False, scale=None):\n", "attention"),
+COUNTED = {
+    2: "def matmul(xp, a, b):\n",
+    3: "def relu(xp, x):\n",
+    9: "def convolution(xp, x, weight, bias=None, *, windows, groups):\n",
+    13: "def attention(xp, query, key, value, mask=None, *, is_causal=False, scale=None):\n",
 }
 
 
-def counting(folder: Path, number: int, line: str, name: str) -> None:
-    """Have a learner's function count its calls, in `sys.counts`."""
-    count = f"    import sys; sys.counts = getattr(sys, 'counts', []) + [{name!r}]\n"
-    edit(folder / f"{MODULES[number - 1].file}.py", line, line + count)
+def counting(root: Path, *numbers: int) -> Path:
+    """A workspace whose operations note their calls in `sys.calls`; of module 07, Adam's update does."""
+    folder = workspace(root, *numbers)
+    for number in numbers:
+        file = folder / f"{MODULES[number - 1].file}.py"
+        text = file.read_text(encoding="utf-8")
+        if number == 7:
+            start = text.index("def update(", text.index("class Adam("))
+            line = text[start : text.index("\n", start) + 1]
+            text = text[:start] + text[start:].replace(line, f"{line}        sys.calls.append('Adam')\n", 1)
+        else:
+            line = COUNTED[number]
+            name = line.partition("(")[0].removeprefix("def ")
+            assert text.count(line) == 1
+            text = text.replace(line, f"{line}    sys.calls.append('{name}')\n")
+        text = text.replace("\nimport math\n", "\nimport math\nimport sys\n", 1)
+        assert "import sys" in text
+        file.write_text(text, encoding="utf-8")
+    return folder
 
 
 STEP = """
 import sys
+sys.calls = []
 import tinytorch
 from tinytorch import nn, optim
 from tinytorch.m09_spatial import SimpleCNN
-tinytorch.manual_seed(0)
-sys.counts = []
 model = SimpleCNN()
 optimizer = optim.Adam(model.parameters())
-nn.functional.cross_entropy(model(tinytorch.randn(16, 3, 32, 32)), tinytorch.arange(10).repeat(2)[:16]).backward()
-optimizer.step()
-tinytorch.randn(256, 256) @ tinytorch.randn(256, 256)
-print({name: sys.counts.count(name) for name in ("matmul", "relu", "convolution", "Adam")}, len(list(model.parameters())))
+def step():
+    sys.calls.clear()
+    pictures, labels = tinytorch.randn(16, 3, 32, 32), tinytorch.arange(10).repeat(2)[:16]
+    nn.functional.cross_entropy(model(pictures), labels).backward()
+    optimizer.step()
+    tinytorch.randn(256, 256) @ tinytorch.randn(256, 256)
+    print(*(sys.calls.count(name) for name in ("matmul", "relu", "convolution", "Adam")), len(optimizer.state))
+step()
+from tinytorch.learn.importing import use_kernels
+use_kernels()
+step()
 """
 
 
-def test_the_learners_operations_and_optimizer_run_in_a_network(tmp_path: Path) -> None:
-    folder = workspace(tmp_path, 2, 3, 7, 9)
-    for number in (2, 3, 9):
-        counting(folder, number, *COUNTED[number])
-    start = (folder / "m07_optimizers.py").read_text(encoding="utf-8")
-    place = start.index("def update(", start.index("class Adam(")) 
-    line = start[place : start.index("\n", place) + 1]
-    counted = start[:place] + line + "        import sys; sys.counts.append('Adam')\n" + start[place + len(line) :]
-    (folder / "m07_optimizers.py").write_text(counted, encoding="utf-8")
-    found = text(folder, "-c", STEP)
-    print(found)
-    assert text(folder, "-c", STEP, TINYTORCH_LEARN_KERNELS="1").startswith(
-        "{'matmul': 0, 'relu': 0, 'convolution': 0, 'Adam': 0}"
-    )
+def test_the_learners_operations_and_optimizer_run_in_a_network_unless_kernels_are_asked_for(tmp_path: Path) -> None:
+    lines = text(counting(tmp_path, 2, 3, 7, 9), "-c", STEP).splitlines()
+    assert lines == ["1 3 2 8 8", "0 0 0 0 8"]
+
+
+WRITE = """
+import sys
+sys.calls = []
+from tinytorch import GPT, GPTConfig
+from tinytorch.m19_caching import KVCache
+model = GPT(GPTConfig(vocab_size=13, context_length=12, num_layers=2, num_heads=2, embed_dim=8))
+model.generate([1, 2, 3], 4)
+print(*(sys.calls.count(name) for name in ("attention", "relu")), KVCache(model)._at_once())
+"""
+
+
+def test_a_gpt_that_writes_runs_the_learners_attention(tmp_path: Path) -> None:
+    folder = counting(tmp_path, 13)
+    assert text(folder, "-c", WRITE) == "8 0 False"  # two layers, for each of four tokens
+    assert text(folder, "-c", WRITE, TINYTORCH_LEARN_KERNELS="1") == "0 0 True"
+
+
+ATTACHED = """
+import json
+import tinytorch
+from tinytorch.m02_tensor import Op
+tinytorch.relu
+from tinytorch.m04_layers import FUSIONS
+from tinytorch.m07_optimizers import Optimizer
+from tinytorch.m14_transformers import READERS
+from tinytorch.m16_acceleration import KERNELS
+def attached():
+    places = {name: {b: [when.__qualname__ for when, _ in pairs] for b, pairs in op.implementations.items()}
+              for name, op in Op.registry.items() if op.implementations}
+    kinds = sorted(kind.__name__ for kind in Optimizer.together)
+    return [places, kinds, len(FUSIONS), len(READERS), sorted(f"{k.op.name} {k.backend} {k.place}" for k in KERNELS)]
+found = [attached()]
+from tinytorch.learn.importing import use_kernels
+use_kernels()
+print(json.dumps([*found, attached()]))
+"""
+
+
+def test_only_what_would_hide_the_learners_code_gives_way(tmp_path: Path) -> None:
+    whole, again = json.loads(text(tmp_path, "-c", ATTACHED))
+    assert whole == again
+    outside = set(whole[0])
+    gone = {}
+    for name, numbers in {"1": [1], "2": [2], "7": [7], "9": [9], "12": [12], "1 to 20": range(1, 21)}.items():
+        now, back = json.loads(text(workspace(tmp_path / name, *numbers), "-c", ATTACHED))
+        assert back == whole
+        assert {line.split()[0] for line in now[4]} == set(now[0])
+        gone[name] = outside - set(now[0]), now[1], now[2], now[3]
+    kinds = ["Adam", "AdamW", "SGD"]
+    assert gone["1"] == (set(), kinds, 1, 2)
+    assert {"matmul", "exp", "sum", "decode"} <= gone["2"][0]
+    assert not {"relu", "convolution", "linear", "attention"} & gone["2"][0]  # their own code multiplies by itself
+    assert gone["2"][1:] == (kinds, 1, 2)
+    assert gone["7"] == (set(), [], 1, 2)
+    assert {"convolution", "convolution_relu", "max_pool", "normalize", "decode"} <= gone["9"][0]
+    assert gone["9"][1:] == (kinds, 0, 2)
+    assert {"rotate", "decode", "embedding_weight_gradient"} == gone["12"][0]
+    assert gone["12"][1:] == (kinds, 1, 1)
+    # What stands in appendices is the package's, and has its kernels; module 19's reader is the learner's own here.
+    assert outside - gone["1 to 20"][0] <= {"erf", "tanh", "gelu_gradient", "avg_pool_gradient", "int4_linear"}
+    assert gone["1 to 20"][1:] == ([], 0, 2)
+
+
+def test_a_kernel_of_the_learners_own_stays(tmp_path: Path) -> None:
+    folder = workspace(tmp_path, 3, 16)
+    edit(folder / "m16_acceleration.py", "# %% [markdown]\n# ## Systems analysis\n", """
+def seven(xp, x):
+    return x * 0 + 7
+
+attach(relu, "numpy", f"{__name__}:seven", lambda x: True, "always")
+
+# %% [markdown]
+# ## Systems analysis
+""")  # fmt: skip
+    program = "import tinytorch; print(tinytorch.relu(tinytorch.ones(3)).tolist())"
+    assert text(folder, "-c", program) == "[7.0, 7.0, 7.0]"
+
+
+# -- all together ------------------------------------------------------------------------------------------------------
+
+
+def test_a_milestone_says_on_whose_modules_it_ran(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    folder = counting(tmp_path, 2, 7)
+    (folder / "m19_caching.py").write_text(reference(19), encoding="utf-8")  # XOR needs no cache
+    program = """
+import sys
+sys.calls = []
+from tinytorch.milestones.xor import main
+for more in ([], ["--kernels"]):
+    main(["--epochs", "1", "--out", "runs", *more])
+    print(sys.calls.count("Adam"))
+    sys.calls.clear()
+"""
+    lines = text(folder, "-c", program).splitlines()
+    said = "this ran on your tensors, your optimizers"
+    assert [line for line in lines if line in (said, "6", "0")] == [said, "6", said, "0"]
+    perceptron.main(["--epochs", "1", "--out", str(tmp_path / "out")])
+    assert "this ran on" not in capsys.readouterr().out
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("k", [6, 13])  # every k: python tests/learn/every_k.py
+def test_the_package_works_above_a_learners_modules(k: int, tmp_path: Path) -> None:
+    assert check(tmp_path / ODD, *range(1, k + 1)) == []

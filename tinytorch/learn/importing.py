@@ -161,14 +161,12 @@ class LearnersFile(PackagesFile):
         raise OSError("nothing is kept of a learner's file")
 
     def get_data(self, path: str) -> bytes:
-        if not path.endswith(".ipynb"):
-            return super().get_data(path)
-        workspace, name = in_force(), self.name.rpartition(".")[2]
         try:
-            text = (workspace or Workspace(Path(path).parent)).text(NUMBERS[name])
+            text = Workspace(Path(path).parent).text(NUMBERS[Path(path).stem])
         except ValueError as error:
-            raise WorkspaceError(str(error), name=self.name, path=path) from None
-        linecache.cache[path] = (len(text), None, text.splitlines(keepends=True), path)  # for tracebacks
+            raise WorkspaceError(str(error)) from None
+        if path.endswith(".ipynb"):  # for tracebacks: what stands at a line of the notebook as Python text
+            linecache.cache[path] = len(text), None, text.splitlines(keepends=True), path
         return text.encode()
 
 
@@ -182,7 +180,7 @@ TAKEN: list[Callable[[], Any]] = []  # each puts back what was taken off
 
 
 def use_kernels() -> None:
-    """Put back what gave way, and have nothing give way from now on, in programs that this one starts neither."""
+    """Put back what gave way, and have nothing give way from now on, nor in programs that this one starts."""
     os.environ[KERNELS] = "1"
     while TAKEN:
         TAKEN.pop()()
@@ -193,11 +191,7 @@ def give_way() -> None:
     operations, kernels = getattr(loaded(2, "Op"), "registry", {}), loaded(16, "KERNELS", [])
     for operation in operations.values():
         if operation.implementations and any(map(is_own, reached(operation))):
-            before = dict(operation.implementations)
-            kept = {name: [pair for pair in pairs if is_own(pair[1])] for name, pairs in before.items()}
-            operation.implementations.clear()
-            operation.implementations.update({name: pairs for name, pairs in kept.items() if pairs})
-            TAKEN.append(partial(operation.implementations.update, before))
+            take_implementations(operation.implementations)
             for kernel in [k for k in kernels if k.op is operation and not is_own(k)]:
                 take(kernels, kernel)
     updates = getattr(loaded(7, "Optimizer"), "together", {})
@@ -209,6 +203,20 @@ def give_way() -> None:
     if any(is_own(loaded(number)) for number in (12, 13, 14)):
         for reader in [r for r in readers[1:] if not is_own(r)]:  # the first one, module 14's, calls the model as it is
             take(readers, reader)
+
+
+def take_implementations(implementations: dict[str, list[tuple[Callable, Callable]]]) -> None:
+    for backend, pairs in list(implementations.items()):
+        kept = [(when, function) for when, function in pairs if is_own(function)]
+        if len(kept) < len(pairs):
+            TAKEN.append(partial(put_back, implementations, backend, [pair for pair in pairs if pair not in kept]))
+            implementations[backend] = kept
+            if not kept:
+                del implementations[backend]
+
+
+def put_back(implementations: dict[str, list], backend: str, pairs: list) -> None:
+    implementations.setdefault(backend, []).extend(pairs)  # what was attached last is put back first, and goes first
 
 
 def take(things: MutableSequence[Any], thing: Any) -> None:

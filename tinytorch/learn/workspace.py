@@ -39,7 +39,10 @@ class Workspace:
         path = self.file(number)
         if path is None:
             raise FileNotFoundError(number)
-        text = path.read_text(encoding="utf-8-sig")
+        try:
+            text = path.read_text(encoding="utf-8-sig")
+        except ValueError as error:
+            raise ValueError(f"{path}: {error}") from error
         if path.suffix != ".ipynb":
             return text
         try:
