@@ -136,10 +136,15 @@ def test_there_is_one_copy_of_a_module(imports: str, tmp_path: Path) -> None:
 def test_a_file_that_is_run_is_the_only_copy_of_itself(arguments: list[str], tmp_path: Path) -> None:
     folder = workspace(tmp_path, 3)
     edit(folder / "m03_activations.py", 'if __name__ == "__main__":\n', """
-import sys
-if __name__ == "__main__":
+def is_the_only_one():
     import tinytorch
-    print(tinytorch.nn.ReLU is ReLU, sys.modules["tinytorch.m03_activations"] is sys.modules["__main__"])
+    return tinytorch.nn.ReLU is ReLU
+
+
+if __name__ == "__main__":
+    from multiprocessing import get_context
+    with get_context("spawn").Pool(1) as pool:
+        print(is_the_only_one(), pool.apply(is_the_only_one))
 """)  # fmt: skip
     lines = text(folder, *arguments, "--tests-only").splitlines()
     assert lines[0] == "True True"
