@@ -7,6 +7,7 @@ import json
 import platform
 import sys
 import tempfile
+import textwrap
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, redirect_stdout
 from dataclasses import asdict, dataclass
@@ -14,8 +15,10 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 import tinytorch
+from tinytorch.learn.importing import own_modules, use_kernels
 from tinytorch.m01_setup import atomic_write
 from tinytorch.m08_training import TrainingError
+from tinytorch.milestones import MILESTONES
 
 
 class UsageError(Exception):
@@ -51,6 +54,7 @@ class Options(argparse.ArgumentParser):
         add("--device", metavar="NAME", help="where to compute: cpu, cuda, cuda:1 (TINYTORCH_DEVICE or cpu)")
         add("--out", type=Path, default=out, metavar="DIR", help=f"folder for what is written ({out.as_posix()})")
         add("--json", action="store_true", help="print the report as JSON, and text to standard error")
+        add("--kernels", action="store_true", help="kernels even in the place of your own operations (in a workspace)")
 
     def error(self, message: str) -> NoReturn:
         self.exit(2, f"{self.name}: {message}; see: {self.prog} --help\n")
@@ -108,6 +112,8 @@ def run(options: Options, argv: Sequence[str], program: Program) -> int:
     """
     arguments = options.parse_args(argv)
     arguments.finish = lambda: None  # what a program has to do when its report is written
+    if arguments.kernels:
+        use_kernels()
     output = sys.stdout
     try:
         with redirect_stdout(sys.stderr if arguments.json else output), default_device(arguments.device):
@@ -120,12 +126,21 @@ def run(options: Options, argv: Sequence[str], program: Program) -> int:
             print(f"\nreport and figures: {arguments.out}")
             for check in checks:
                 print(check, file=None if check.passed else sys.stderr, flush=True)
+            if line := whose(options.name):
+                print(line)
     except (OSError, TrainingError, UsageError) as error:
         print(f"{options.name}: {' '.join(str(error).split())}", file=sys.stderr)
         return 1 if isinstance(error, TrainingError) else 2
     if arguments.json:
         print(text, end="")
     return 0 if report["passed"] else 1
+
+
+def whose(name: str) -> str:
+    """Which of the modules that a milestone needs were the learner's: a line to print, empty where none was."""
+    needed = next((milestone.after for milestone in MILESTONES if milestone.name == name), 0)
+    yours = [f"your {module.title.lower()}" for module in own_modules() if module.number <= needed]
+    return textwrap.fill(f"this ran on {', '.join(yours)}", 80) if yours else ""
 
 
 def claim(out: Path) -> None:

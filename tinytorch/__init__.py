@@ -5,6 +5,8 @@ Importing the package loads nothing; the first name used loads the modules.
 
 from __future__ import annotations
 
+import os
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +18,28 @@ __version__ = "0.1.0"
 _root = Path(__file__).resolve().parent.parent
 if (_root / "pyproject.toml").is_file() and (_root / "backends").is_dir():
     __path__.append(str(_root))
+
+
+def _workspace() -> str | None:
+    """The learner's workspace that is in force: TINYTORCH_WORKSPACE, or that of the program that is run, or the
+    nearest one from the current folder up. Every import asks, so this loads nothing.
+    """
+    if named := os.environ.get("TINYTORCH_WORKSPACE"):
+        return named
+    try:
+        here, program = os.getcwd(), os.path.dirname(os.path.abspath(sys.argv[0]))
+    except (OSError, AttributeError, IndexError):  # the folder was removed; there is no program
+        return None
+    for folder in (program, here, *map(str, Path(here).parents)):
+        if os.path.isfile(os.path.join(folder, ".tinytorch", "workspace.json")):
+            return folder
+    return None
+
+
+if (_found := _workspace()) is not None:  # there, chapters are the learner's
+    from tinytorch.learn import importing as _importing
+
+    _importing.install(_found)
 
 
 def __getattr__(name: str) -> Any:

@@ -17,6 +17,7 @@ import typer
 from tinytorch import __version__
 from tinytorch.curriculum import MODULES, find_module, load_modules
 from tinytorch.learn.cli import app as learn
+from tinytorch.learn.importing import WorkspaceError, uninstall
 from tinytorch.terminal import JsonOption, fail, print_rows
 
 app = typer.Typer(
@@ -59,6 +60,7 @@ def _root(
 @app.command(epilog="Example: tinytorch doctor --json")
 def doctor(as_json: JsonOption = False) -> None:
     """Examine this machine: what is there, what is wrong, and how to put it right."""
+    uninstall()  # it must work whatever a learner's m01_setup does
     try:
         from tinytorch import m01_setup, m01_setup_appendix  # noqa: F401  (the appendix enters its checks)
     except Exception as error:  # a broken NumPy raises errors of every kind
@@ -376,13 +378,20 @@ def _as_text(value: Any) -> str:
 
 
 def main(argv: list[str] | None = None) -> NoReturn:
-    """Run the command line and exit. Wrong arguments end it with status 2 and one line, Ctrl-C with 130 and one."""
+    """Run the command line and exit.
+
+    Wrong arguments end it with status 2 and one line, Ctrl-C with 130, and a learner's file that is no Python with 1.
+    """
     status = 0
     try:
         arguments = (sys.argv[1:] if argv is None else argv) or ["--help"]
         status = typer.main.get_command(app).main(arguments, prog_name="tinytorch", standalone_mode=False) or 0
     except (KeyboardInterrupt, typer.Abort):
         status = 130
+    except (SyntaxError, WorkspaceError) as error:  # in a learner's file
+        where = f"{error.filename}, line {error.lineno}: " if isinstance(error, SyntaxError) else ""
+        print(f"tinytorch: {where}{error.msg}", file=sys.stderr)
+        status = 1
     except Exception as error:
         if not hasattr(error, "format_message"):  # what typer raises for wrong arguments has one
             raise
