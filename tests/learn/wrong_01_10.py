@@ -1,0 +1,2 @@
+from tests.learn.wrong import Wrong
+WRONG_01_10 = ()
