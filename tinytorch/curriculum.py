@@ -182,7 +182,7 @@ MODULES = (
             "utils.checkpoint": "checkpoint",
         },
         exercises="""
-            spread matmul_left matmul_right softmax_minus_one_hot Recorder.record sum_to propagate joined
+            spread matmul_left matmul_right Recorder.record sum_to propagate joined
             accumulate differences
         """,
     ),

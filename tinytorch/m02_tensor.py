@@ -773,13 +773,13 @@ def _raw_index(index: Any) -> Any:
 def test_shapes_are_views() -> None:
     x = tensor([0, 1, 2, 3, 4, 5])
     assert x.reshape(2, -1).T.tolist() == [[0, 3], [1, 4], [2, 5]]
-    x.data[5] = 50  # views see it, because they have no memory of their own
-    assert x.reshape(1, 2, 3).transpose(0, -1)[2, 1].item() == 50
+    y, x.data[5] = x.reshape(1, 2, 3).transpose(0, -1), 50  # views see it, because they have no memory of their own
+    assert (y[0, 1].item(), y[2, 1].item()) == (3, 50)
     assert x[1:][-1].item() == 50
     assert x[x > 2].tolist() == [3, 4, 50]
     assert x[[0, -1]].tolist() == [0, 50]
     assert stack([x, x], -1).shape == (6, 2)
-    assert cat([x, x]).shape == (12,)
+    assert (cat([x, x]).shape, stack([x, x]).shape) == ((12,), (2, 6))
 
 
 # %% [markdown]

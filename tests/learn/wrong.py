@@ -9,6 +9,7 @@ from __future__ import annotations
 import importlib
 import importlib.util
 from dataclasses import dataclass
+from textwrap import dedent
 
 from tinytorch.learn.exercises import find_exercise, reference
 
@@ -25,20 +26,24 @@ class Wrong:
     new: str
     what: str
 
-    def planted(self) -> str:
-        """The chapter with it; ValueError if `old` is not there once, or what comes of it is no Python."""
-        solution, chapter = find_exercise(self.number, self.exercise).source, reference(self.number)
+    def in_place_of(self, solution: str) -> str:
+        """The solution with the mistake; ValueError if `old` is not there once, or what comes of it is no Python."""
         where = f"{self.exercise} of module {self.number:02}"
         if solution.count(self.old) != 1:
             raise ValueError(f"{where}: {self.old!r} occurs {solution.count(self.old)} times, not once")
-        if self.old == self.new or chapter.count(solution) != 1:
-            raise ValueError(f"{where}: nothing to plant")
-        text = chapter.replace(solution, solution.replace(self.old, self.new))
+        text = solution.replace(self.old, self.new)
         try:
-            compile(text, self.exercise, "exec", dont_inherit=True)
+            compile(dedent(text), self.exercise, "exec", dont_inherit=True)
         except SyntaxError as error:
-            raise ValueError(f"{where}: it is no Python: {error}") from None
+            raise ValueError(f"{where}: {self.what}: it is no Python: {error}") from None
         return text
+
+    def planted(self) -> str:
+        """The chapter with the mistake."""
+        solution, chapter = find_exercise(self.number, self.exercise).source, reference(self.number)
+        if chapter.count(solution) != 1:
+            raise ValueError(f"the solution of {self.exercise} occurs {chapter.count(solution)} times, not once")
+        return chapter.replace(solution, self.in_place_of(solution))
 
 
 def _listed(name: str) -> tuple[Wrong, ...]:
