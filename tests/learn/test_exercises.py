@@ -12,6 +12,7 @@ import subprocess
 import sys
 from collections import Counter
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -23,14 +24,9 @@ WITH_EXERCISES = [module.number for module in MODULES if module.exercises]
 
 MEASURE = """
 import json, sys
-from dataclasses import asdict
 from tests.learn import measure_wrong as m
 
-found = {}
-for number, name, old, new in json.loads(sys.argv[1]):
-    chapter = m.Chapter(m.module_of(number))
-    found[name] = [m.fitness(chapter), asdict(m.tried(chapter, m.Wrong(number, name, old, new, "harmless")))]
-print(json.dumps(found))
+chapter = m.Chapter(m.module_of(int(sys.argv[1])))
 """
 
 
@@ -70,19 +66,41 @@ def test_a_blanked_chapter_keeps_everything_but_the_solutions(number: int) -> No
 def test_solutions_are_found_with_their_decorators() -> None:
     assert find_exercise(3, "relu").source.startswith("@op\ndef relu(xp, x):\n")
     assert find_exercise(3, "relu").tests == ("test_straight_pieces", "test_nan_is_passed_on")
-    assert find_exercise(3, "relu").prose.startswith("### Straight pieces")
+    assert "ReLU is a comparison." in find_exercise(3, "relu").prose
     with pytest.raises(ValueError, match=r"module 03 has no exercise 'rely'; it has relu, "):
         find_exercise(3, "rely")
 
 
-@pytest.mark.skipif(not hasattr(os, "fork"), reason="texts are tried in forked processes")
-def test_two_modules_work_without_solutions_and_a_harmless_change_is_no_mistake(root: Path) -> None:
-    """What `measure_wrong.py` says of modules 03 and 05: fit, with nothing noticed where nothing is wrong."""
-    same = [(3, "relu", "xp.maximum(x, 0)", "xp.maximum(0 * x, x)"),
-            (5, "mse_loss", "difference * difference", "difference**2")]  # fmt: skip
+def measured(root: Path, number: int, expression: str) -> Any:
+    """What `measure_wrong.py`, as m, says of a chapter."""
+    if not hasattr(os, "fork"):
+        pytest.skip("texts are tried in forked processes")
     settings = {"TINYTORCH_KERNELS": "off", "OPENBLAS_NUM_THREADS": "1", "PYTHONPATH": str(root)}
-    done = subprocess.run([sys.executable, "-c", MEASURE, json.dumps(same)], cwd=root, env={**os.environ, **settings},
-                          capture_output=True, text=True, check=True)  # fmt: skip
-    for problems, verdict in json.loads(done.stdout).values():
-        assert problems == []
-        assert (verdict["noticed"], verdict["problem"]) == ("", "survived")
+    command = [sys.executable, "-c", f"{MEASURE}\nprint(json.dumps({expression}))", str(number)]
+    done = subprocess.run(command, cwd=root, env={**os.environ, **settings}, stdout=subprocess.PIPE, check=True)
+    return json.loads(done.stdout)
+
+
+@pytest.mark.parametrize(
+    ("number", "name", "old", "new"),
+    [(3, "relu", "xp.maximum(x, 0)", "xp.maximum(0 * x, x)"),
+     (5, "mse_loss", "difference * difference", "difference**2")],
+)  # fmt: skip
+def test_a_module_works_without_solutions_and_a_harmless_change_is_no_mistake(
+    root: Path, number: int, name: str, old: str, new: str
+) -> None:
+    tried = f"vars(m.tried(chapter, m.Wrong({number}, {name!r}, {old!r}, {new!r}, 'harmless')))"
+    problems, verdict = measured(root, number, f"[m.fitness(chapter), {tried}]")
+    assert problems == []
+    assert (verdict["noticed"], verdict["problem"]) == ("", "survived")
+
+
+def test_what_is_no_exercise_and_what_does_not_run_is_told(root: Path) -> None:
+    other = "m.Exercise(3, 'relu', '', '', ('test_layers_remember_their_attributes',))"  # which never calls it
+    texts = ["raise NotImplementedError('exercise relu: hint')", "while True: pass", "import os; os._exit(0)"]
+    unfit, *others = measured(root, 3, f"[setattr(m, 'LONGEST', 2), chapter.exercises.append({other}), "
+                              f"m.fitness(chapter), *[chapter.attempt(text, []) for text in {texts}]]")[2:]  # fmt: skip
+    assert unfit == ["relu: without it its tests say nothing"]
+    assert [said[""][""] for said in others] == [
+        "it cannot be imported: not written: relu", "it did not end within 2 s", "its process was ended",
+    ]  # fmt: skip
