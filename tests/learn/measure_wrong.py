@@ -78,7 +78,7 @@ class Chapter:
         self.exercises = exercises(module.number)
         wanted = {test for exercise in self.exercises for test in exercise.tests}
         tests = [n for n in ast.parse(self.text).body if isinstance(n, ast.FunctionDef) and n.name in wanted]
-        self.tests = compile(ast.Module(tests, []), f"{module.file}.py", "exec", annotations.compiler_flag)
+        self.tests = compile(ast.Module([*tests], []), f"{module.file}.py", "exec", annotations.compiler_flag)
         for lower in MODULES[: module.number - 1]:
             for name in lower.modules():
                 importlib.import_module(name)
