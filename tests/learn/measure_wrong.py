@@ -142,14 +142,16 @@ def forked(work: Callable[[], Any]) -> Any:
     reading, writing = os.pipe()
     child = os.fork()
     if child == 0:
-        os.close(reading)
-        os.setpgid(0, 0)
-        silent = os.open(os.devnull, os.O_RDWR)
-        for descriptor in (0, 1, 2):
-            os.dup2(silent, descriptor)
-        with os.fdopen(writing, "w", encoding="utf-8") as pipe:
-            json.dump(work(), pipe)
-        os._exit(0)
+        try:  # whatever happens, the child does not go on with what its parent was doing
+            os.close(reading)
+            os.setpgid(0, 0)
+            silent = os.open(os.devnull, os.O_RDWR)
+            for descriptor in (0, 1, 2):
+                os.dup2(silent, descriptor)
+            with os.fdopen(writing, "w", encoding="utf-8") as pipe:
+                json.dump(work(), pipe)
+        finally:
+            os._exit(0)
     os.close(writing)
     text, deadline = b"", time.monotonic() + LONGEST
     while select.select([reading], [], [], max(0.0, deadline - time.monotonic()))[0]:
