@@ -61,6 +61,10 @@ MODULES = (
         part="Foundations",
         checkpoint="Check a machine, and run a chapter's own tests",
         exports={"": "doctor manual_seed get_rng_state set_rng_state"},
+        exercises="""
+            assert_close seconds print_table atomic_write manual_seed run_test findings first_line
+            check_data_folder report
+        """,
     ),
     Module(
         number=2,
@@ -96,6 +100,7 @@ MODULES = (
             """,
             "nn.functional": "one_hot pad",
         },
+        exercises="tensor full where sum mean transpose unsqueeze stack matmul to",
     ),
     Module(
         number=3,
@@ -116,6 +121,7 @@ MODULES = (
                 hardshrink selu celu glu prelu
             """,
         },
+        exercises="relu leaky_relu sigmoid gelu_and_cdf softplus elu softmax log_softmax Activation.__call__",
     ),
     Module(
         number=4,
@@ -134,6 +140,10 @@ MODULES = (
                 trunc_normal_ orthogonal_ eye_ calculate_gain
             """,
         },
+        exercises="""
+            Parameter.__init__ Module.__call__ Module.named_modules Module.train Module.to
+            Module.load_state_dict fans linear Sequential.forward drop
+        """,
     ),
     Module(
         number=5,
@@ -154,6 +164,10 @@ MODULES = (
                 cosine_similarity cosine_embedding_loss pairwise_distance triplet_margin_loss
             """,
         },
+        exercises="""
+            reduce mse_loss _huber softmax_cross_entropy _average cross_entropy bernoulli_cross_entropy
+            binary_cross_entropy_with_logits kl_div
+        """,
     ),
     Module(
         number=6,
@@ -167,6 +181,10 @@ MODULES = (
             "autograd.functional": "jacobian hessian vjp jvp",
             "utils.checkpoint": "checkpoint",
         },
+        exercises="""
+            spread matmul_left matmul_right Recorder.record sum_to propagate joined
+            accumulate differences
+        """,
     ),
     Module(
         number=7,
@@ -182,6 +200,10 @@ MODULES = (
             """,
             "nn.utils": "clip_grad_norm_ clip_grad_value_",
         },
+        exercises="""
+            Optimizer.zero_grad Optimizer.step _sgd Adam.recall _adam StepLR.get_lr CosineAnnealingLR.get_lr
+            LinearLR.get_lr SequentialLR.step clip_grad_norm_
+        """,
     ),
     Module(
         number=8,
@@ -197,6 +219,10 @@ MODULES = (
             """,
             "amp": "autocast GradScaler",
         },
+        exercises="""
+            accuracy Totals.add evaluating cast_inputs GradScaler.unscale_ GradScaler.update unpack
+            Trainer._learn Trainer._step Trainer.evaluate
+        """,
     ),
     Module(
         number=9,
@@ -220,6 +246,10 @@ MODULES = (
                 interpolate pixel_shuffle pixel_unshuffle affine_grid grid_sample
             """,
         },
+        exercises="""
+            convolve_by_loops Windows.places lay_windows to_columns from_columns convolution_weight_gradient
+            max_pool normalize normalize_gradients batch_norm
+        """,
     ),
     Module(
         number=10,
@@ -240,6 +270,11 @@ MODULES = (
                 Grayscale ColorJitter Lambda RandomApply RandomChoice MixUp CutMix
             """,
         },
+        exercises="""
+            TensorDataset.get_batch collate ConcatDataset.__getitem__ RandomSampler.__iter__
+            BatchSampler.__iter__ Normalize.apply RandomCrop.apply RandomHorizontalFlip.apply Recipe.__call__
+            DataLoader._tasks
+        """,
     ),
     Module(
         number=11,

@@ -111,7 +111,7 @@ def test_assert_close_names_the_worst_element():
     message = message_of(assert_close, [[1.0, 2.0], [3.0, 4.5]], [[1.0, 2.1], [3.0, 4.0]])
     assert "2 of 4" in message
     assert "worst at (1, 1): actual 4.5, expected 4" in message
-    assert "shapes differ" in message_of(assert_close, [1.0], 1.0)
+    assert "shapes differ" in message_of(assert_close, [1.0, 1.0], [1.0])
     assert "1 of 1" in message_of(assert_close, 1.0, np.inf)
     assert "1 of 1" in message_of(assert_close, np.nan, 1.0)
 
@@ -180,8 +180,8 @@ def _cell(value: Any) -> str:
 
 
 def test_print_table_aligns():
-    lines = printed(print_table, ["size", "rate"], [["small", 2.0], ["large", 1234.5678]]).splitlines()
-    assert lines == ["size   rate", "-----  ----", "small     2", "large  1235"]
+    lines = printed(print_table, ["size", "rate, Hz"], [["small", 2.0], ["large", 1234.5678]]).splitlines()
+    assert lines == ["size   rate, Hz", "-----  --------", "small         2", "large      1235"]
 
 
 # %% [markdown]

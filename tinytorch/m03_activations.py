@@ -228,6 +228,7 @@ def test_softmax_is_a_distribution() -> None:
     assert_close(softmax(x, 1).sum(1), [1, 1])
     assert_close(softmax(x, dim=0).sum(0), [1, 1, 1])
     assert_close(softmax(x + 100, 1), softmax(x, 1))
+    assert x[0].tolist() == [1, 2, 3]  # what is given stays as it is
     assert_close(log_softmax(x, 1), softmax(x, 1).log())
 
 

@@ -412,7 +412,7 @@ def test_module_finds_and_names_what_it_has() -> None:
     assert [name for name, _ in net.named_modules()] == ["", "first", "second"]
     assert {name: calls.item() for name, calls in net.named_buffers()} == {"first.calls": 2, "second.calls": 1}
     assert repr(net) == "Twice(\n  (first): Scale()\n  (second): Scale()\n  (again): Scale()\n)"
-    assert (net.eval().again.training, net.train().second.training) == (False, True)
+    assert [[m.training for m in mode().modules()] for mode in (net.eval, net.train)] == [[False] * 3, [True] * 3]
     assert (net.freeze().second.factor.watched, net.unfreeze().first.factor.watched) == (False, True)
 
 
@@ -455,12 +455,12 @@ def test_mistakes_are_named() -> None:
 
 def test_hook_sees_and_may_change_the_output() -> None:
     net, seen = Scale(2.0), []
-    handle = net.register_forward_hook(lambda module, inputs, output: seen.append(output.item()))
+    handle = net.register_forward_hook(lambda module, inputs, output: seen.append((type(inputs), output.item())))
     other = net.register_forward_hook(lambda module, inputs, output: output + inputs[0])
-    assert (net(tensor([5.0])).tolist(), seen) == ([15], [10])
+    assert (net(tensor([5.0])).tolist(), seen) == ([15], [(tuple, 10)])
     handle.remove()
     other.remove()
-    assert (net(tensor([5.0])).tolist(), seen) == ([10], [10])
+    assert (net(tensor([5.0])).tolist(), seen) == ([10], [(tuple, 10)])
 
 
 # %% [markdown]

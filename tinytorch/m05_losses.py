@@ -476,7 +476,7 @@ def kl_div(input: Tensor, target: Tensor, *, reduction: str = "mean", log_target
 def test_kl_div() -> None:
     p, q = tensor([[0.25, 0.25, 0.5]]), tensor([[0.5, 0.0, 0.5]])
     assert_close(kl_div(log(p), q, reduction="none"), [[0.5 * math.log(2), 0, 0]])
-    assert_close(kl_div(log(p), log(p), log_target=True), 0)
+    assert_close(kl_div(log(p), 2 * log(p), log_target=True, reduction="none"), p * p * log(p))
     assert_close(kl_div(log(p), q, reduction="batchmean"), 0.5 * math.log(2))
 
 

@@ -371,16 +371,16 @@ def _sgd(
 
 def test_momentum_amplifies_a_constant_gradient() -> None:
     w = tensor([1.0], requires_grad=True)
-    optimizer = SGD([w], lr=0.1, momentum=0.5)
+    optimizer = SGD([w], lr=0.1, momentum=0.25)
     w.grad = tensor([2.0])
-    for expected in (1 - 0.1 * 2, 1 - 0.1 * (2 + 3), 1 - 0.1 * (2 + 3 + 3.5)):  # velocities 2, 2 + 2/2, 2 + 3/2
+    for expected in (1 - 0.1 * 2, 1 - 0.1 * (2 + 2.5), 1 - 0.1 * (2 + 2.5 + 2.625)):  # velocities 2, 2 + 2/4, 2 + 2.5/4
         optimizer.step()
         assert_close(w, [expected])
 
 
 def test_parameters_keep_their_memory_and_those_without_gradient_their_values() -> None:
     used, unused = tensor([1.0], requires_grad=True), tensor([1.0], requires_grad=True)
-    array, optimizer = used.data, SGD([used, unused], lr=0.5)
+    array, optimizer = used.data, SGD([{"params": [unused]}, {"params": [used]}], lr=0.5)
     (used * 3).sum().backward()
     optimizer.step()
     assert used.data is array

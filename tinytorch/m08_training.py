@@ -113,7 +113,7 @@ class Totals:
 
 
 def test_means_are_weighted_by_batch_size() -> None:
-    scores, classes = tensor([[0.9, 0.1], [0.2, 0.8], [0.6, 0.4]]), tensor([0, 1, 1])
+    scores, classes = tensor([[0.9, 0.1, 0.0], [0.2, 0.8, 0.0], [0.6, 0.4, 0.0]]), tensor([0, 1, 1])
     totals = Totals()
     for part in (slice(0, 1), slice(1, 3)):
         totals.add(len(classes[part]), {"accuracy": accuracy(scores[part], classes[part]).item()})
@@ -270,12 +270,12 @@ def test_scaler_skips_overflow_and_grows() -> None:
     w = tensor([1.0], requires_grad=True)
     optimizer, scaler = SGD([w], lr=0.5), GradScaler(init_scale=8.0, growth_interval=2)
     seen = []
-    for grad in (math.inf, 8.0, 4.0, math.nan):
+    for grad in (math.inf, 8.0, 4.0, 4.0, 4.0):
         w.grad = tensor([grad])
         made = scaler.step(optimizer)
         scaler.update()
         seen.append((made, w.item(), scaler.get_scale()))
-    assert seen == [(False, 1.0, 4.0), (True, 0.0, 4.0), (True, -0.5, 8.0), (False, -0.5, 4.0)]
+    assert seen == [(False, 1.0, 4.0), (True, 0.0, 4.0), (True, -0.5, 8.0), (True, -0.75, 8.0), (True, -1.0, 16.0)]
 
 
 # %% [markdown]
@@ -350,7 +350,7 @@ def unpack(value: Any, tensors: Mapping[str, Tensor]) -> Any:
 
 
 def test_unpack_returns_what_was_packed() -> None:
-    state = {"lr": 0.1 + 0.2, "best": -math.inf, "betas": [0.9, [None, True]], "state": {"0": {"m": tensor([1.0])}}}
+    state = {"lr": 0.1 + 0.2, "best": -math.inf, "betas": [0.9, [None, math.inf]], "state": {"0": {"m": tensor([1.0])}}}
     tensors: dict[str, Tensor] = {}
     text = json.dumps(pack(state, "optimizer", tensors), allow_nan=False)
     assert list(tensors) == ["optimizer.state.0.m"]
@@ -763,8 +763,8 @@ def test_fit_is_the_six_lines() -> None:
 def test_accumulated_batches_are_one_big_batch() -> None:
     weights = []
     for accumulate in (1, 6):
-        trainer, batches = example_trainer(accumulate=accumulate, clip_norm=0.1)
-        trainer.model[2].p = 0.0
+        trainer, batches = example_trainer(accumulate=accumulate, clip_norm=0.5)
+        trainer.model[2].p, trainer.optimizer = 0.0, SGD(trainer.model.parameters(), lr=0.5)
         big = [(cat([x for x, _ in batches]), cat([y for _, y in batches]))]
         trainer.fit(big if accumulate == 1 else batches, epochs=3)
         weights.append(trainer.model[0].weight)

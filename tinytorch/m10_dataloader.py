@@ -200,8 +200,7 @@ class ConcatDataset(Dataset):
 
 def test_parts_and_sums_translate_numbers() -> None:
     data = TensorDataset(arange(5)) + TensorDataset(arange(3) * 10)
-    assert [int(data[i][0]) for i in range(8)] == [0, 1, 2, 3, 4, 0, 10, 20]
-    assert int(data[-1][0]) == 20
+    assert [int(data[i][0]) for i in (*range(8), -1)] == [0, 1, 2, 3, 4, 0, 10, 20, 20]
     part = Subset(Subset(data, [7, 6, 1]), [2, 0])
     assert part.get_batch([1, 0])[0].tolist() == [20, 1] == [int(part[1][0]), int(part[0][0])]
 
@@ -272,7 +271,7 @@ def test_samplers() -> None:
     assert list(BatchSampler(SequentialSampler("abcde"), 2, drop_last=False)) == [[0, 1], [2, 3], [4]]
     assert list(BatchSampler(range(5), 2, drop_last=True)) == [[0, 1], [2, 3]]
     assert sorted(RandomSampler("abcde")) == [0, 1, 2, 3, 4] != list(RandomSampler("abcde"))
-    assert sorted(list(RandomSampler("abc", num_samples=7))[:6]) == [0, 0, 1, 1, 2, 2]
+    assert sorted(map(list(RandomSampler("abc", num_samples=7)).count, range(3))) == [2, 2, 3]
     assert len(set(RandomSampler("abc", replacement=True, num_samples=40))) == 3
 
 
@@ -402,8 +401,8 @@ def test_transforms_of_whole_batches() -> None:
     assert_close(normalize(images), normalize(ToFloat()(images)))
     assert Normalize(0.5, 0.25)(tensor([[[[1.0]]]])).item() == 2.0
     assert RandomHorizontalFlip(1.0)(images)[..., 0].tolist() == images[..., -1].tolist()
-    crops = {str(RandomCrop((3, 4))((images, "labels"))[0][1].tolist()) for _ in range(100)}
-    assert crops == {str(images[1, :, y : y + 3, x : x + 4].tolist()) for y in (0, 1) for x in (0, 1)}
+    crops = {str(RandomCrop((2, 4))((images, "labels"))[0][1].tolist()) for _ in range(100)}
+    assert crops == {str(images[1, :, y : y + 2, x : x + 4].tolist()) for y in (0, 1, 2) for x in (0, 1)}
     assert "pictures of 4×5 with padding 0 have no part of 5×5" in message_of(RandomCrop(5), images, error=ValueError)
 
 
@@ -771,6 +770,7 @@ def test_batches_do_not_depend_on_workers_nor_on_other_draws() -> None:
         shown(loader)
         assert rand(2).tolist() == expected
     assert found[0] == found[1] == found[2]
+    assert shown(still := DataLoader(numbered(23), 4, batch_transform=augment, seed=1)) != shown(still)
 
 
 def test_a_loader_goes_on_in_the_middle_of_an_epoch() -> None:
