@@ -21,6 +21,7 @@ from tinytorch.m01_setup import assert_close, manual_seed, message_of, print_tab
 from tinytorch.m02_tensor import (
     Tensor,
     bool_,
+    concatenate,
     float64,
     getitem,
     matmul,
@@ -130,6 +131,7 @@ def test_a_query_takes_what_its_key_offers() -> None:
     assert_close(attention_weights(key * 0, key), [[0.5, 0.5]] * 2)  # a query of zeros asks nothing
     assert_close(attention_weights(key * 0, key, is_causal=True), [[1, 0], [0.5, 0.5]])
     assert_close(attention_weights(key, key, tensor([[False, False], [True, True]])), [[0, 0], [0, 1]])
+    assert_close(attention_weights(tensor([[2.0] * 4]), tensor([[0.25] * 4, [0.0] * 4]))[0, 0], 1 / (1 + math.exp(-1)))
 
 
 # %% [markdown]
@@ -435,6 +437,15 @@ def test_the_future_has_no_influence() -> None:
     changed.data[:, 4:] += 1.0
     assert_close(layer(changed)[:, :4], layer(x)[:, :4])
     assert (layer(changed)[:, 4] - layer(x)[:, 4]).abs().max().item() > 1e-3
+
+
+def test_each_head_is_an_attention_of_its_own() -> None:
+    layer, x = SelfAttention(6, 3, head_dim=2, rotary=RotaryEmbedding(2, 5), is_causal=False), randn(1, 5, 6)
+    query, key, value = (layer.qkv(x)[0, :, start : start + 6] for start in (0, 6, 12))
+    query, key = (layer.rotary(each.reshape(5, 3, 2).transpose(0, 1)) for each in (query, key))
+    seen = padding_mask([3], 5)[0, 0]
+    heads = [matmul(attention_weights(query[h], key[h], seen), value[:, 2 * h : 2 * h + 2]) for h in range(3)]
+    assert_close(layer(x, seen)[0], layer.out(concatenate(*heads, dim=1)), atol=1e-5)
 
 
 # %% [markdown]

@@ -221,6 +221,7 @@ def test_the_smallest_go_and_a_second_time_the_smallest_of_the_rest() -> None:
     overwrite(layer.weight, tensor([[0.1, -0.5, 0.3, -0.2, 0.4]]).data)
     assert l1_unstructured(layer, "weight", 0.4).weight_mask.tolist() == [[0, 1, 1, 0, 1]]
     assert l1_unstructured(layer, "weight", 1).weight_mask.tolist() == [[0, 1, 0, 0, 1]]
+    assert without_lowest(tensor([1.0, 0.0, 1.0]), tensor([3.0, 9.0, 2.0]), 1).tolist() == [1, 0, 0]
     assert "a whole number up to 2, got 3" in message_of(l1_unstructured, layer, "weight", 3, error=ValueError)
 
 
