@@ -611,7 +611,7 @@ def test_scores_of_rotated_vectors_depend_on_the_distance() -> None:
     scores = matmul(queries, transpose(keys, 0, 1))
     assert_close(scores[5, 2], scores[37, 34], rtol=1e-4, atol=1e-5)
     x = randn(2, 1, 3, 8)
-    assert_close(rotary(x, positions=tensor([[0, 1, 2], [2000, 2001, 2002]]))[1], rotary(x, offset=2000)[1])
+    assert_close(rotary(x, offset=2000)[1], rotary(x, positions=tensor([[0, 1, 2], [2000, 2001, 2002]]))[1])
     message = message_of(rotary, x, 2998, error=ValueError)
     assert message == "RotaryEmbedding: 3 positions from 2998 on do not fit in 3000 positions"
 

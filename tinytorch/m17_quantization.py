@@ -265,7 +265,7 @@ non_differentiable(int8_linear, int8_convolution)
 def test_integers_compute_what_their_floats_do() -> None:
     x, weight, scales = randint(-128, 128, (4, 6)).to(int8), randint(-127, 128, (3, 6)).to(int8), tensor([0.1, 2, 0.5])
     y = int8_linear(x, tensor(0.3), tensor(-7), weight, scales, ones(3))
-    assert_close(y, linear(dequantize(x, 0.3, -7), dequantize(weight, scales, 0, dim=0), ones(3)), rtol=1e-5)
+    assert_close(y, linear(dequantize(x, 0.3, -7), dequantize(weight, scales, 0, dim=0), ones(3)), atol=0.01)
     rounded = int8_linear(x, tensor(0.3), tensor(-7), weight, scales, ones(3), tensor(9.0), tensor(5), relu=True)
     assert rounded.tolist() == quantize(relu(y), tensor(9.0), tensor(5)).tolist()
     message = message_of(int8_linear, randn(4, 6), tensor(1.0), 0, weight, scales, error=TypeError)

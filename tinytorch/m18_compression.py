@@ -631,6 +631,7 @@ def test_each_value_is_the_mean_of_those_that_take_it() -> None:
     values = tensor([0.0, 5.0, 0.2, 5.4, -3.0])
     assert_close(codebook := k_means(values, 3), [-3, 0.1, 5.2])
     assert nearest(values, codebook).tolist() == [1, 2, 1, 2, 0]
+    assert_close(k_means(tensor([0.0, 4.4, 5.0, 5.0, 9.0]), 2), [0, 5.85])  # 4.4 is at first in the lower half
     layer = custom_from_mask(Linear(5, 1, bias=False), "weight", tensor([[1.0, 1.0, 0.0, 1.0, 1.0]]))
     overwrite(layer.weight_orig, tensor([[0.0, 5.0, 9.0, 5.4, 0.2]]).data)
     assert_close(share_weights(layer, bits=1).weight, [[0.1, 5.2, 0, 5.2, 0.1]])
