@@ -286,6 +286,10 @@ MODULES = (
             "": "CharTokenizer BPETokenizer load_tokenizer save_vocabulary mergeable_ranks",
             "utils.data": "TokenWindows",
         },
+        exercises="""
+            CharTokenizer.encode replace_pair train_plainly encode_plainly Chains.merge Merges.apply_short cut
+            TokenWindows.get_batch
+        """,
     ),
     Module(
         number=12,
@@ -297,6 +301,10 @@ MODULES = (
             "nn": "Embedding EmbeddingBag LearnedPositions SinusoidalPositions RotaryEmbedding",
             "nn.functional": "embedding embedding_bag sinusoidal_positions rotary_tables alibi_slopes alibi_bias",
         },
+        exercises="""
+            embed_by_one_hot embedding_lookup sums_of_equals check_ids sinusoidal_positions rotate
+            RotaryEmbedding.forward alibi_bias
+        """,
     ),
     Module(
         number=13,
@@ -308,6 +316,10 @@ MODULES = (
             "nn": "MultiheadAttention SelfAttention",
             "nn.functional": "scaled_dot_product_attention",
         },
+        exercises="""
+            causal_mask padding_mask attention_weights attention attention_gradients split_heads
+            SelfAttention.heads SelfAttention.forward
+        """,
     ),
     Module(
         number=14,
@@ -323,6 +335,10 @@ MODULES = (
             """,
             "nn.functional": "layer_norm rms_norm",
         },
+        exercises="""
+            rms_norm SwiGLU.forward TransformerBlock.forward GPT.features penalized next_probabilities draw
+            reads_whole
+        """,
     ),
     Module(
         number=15,
@@ -331,6 +347,10 @@ MODULES = (
         part="Systems",
         checkpoint="Say where a program's time, memory and arithmetic go, and what each part could reach",
         exports={"": "profile summary", "profiler": "profile record_function"},
+        exercises="""
+            matmul_flops attention_products owner_of Ledger.show Ledger.history look_around Profile._observe
+            summarize
+        """,
     ),
     Module(
         number=16,
@@ -339,6 +359,7 @@ MODULES = (
         part="Systems",
         checkpoint="Make an operation as fast as the machine allows, and say what the limit is",
         exports={"": "kernels_enabled reference_kernels"},
+        exercises="by_loops window_offsets convolve by_arrays by_tiles pack speedup on_probation",
     ),
     Module(
         number=17,
@@ -354,6 +375,7 @@ MODULES = (
                 QuantizedLinear QuantizedConv2d QuantizedEmbedding Int4Linear
             """,
         },
+        exercises="choose_scale quantize in_range int8_linear quantize_rows MSEObserver.covered fold link",
     ),
     Module(
         number=18,
@@ -372,6 +394,7 @@ MODULES = (
                 custom_from_mask identity is_pruned remove L1Unstructured=magnitudes RandomUnstructured=chances
             """,
         },
+        exercises="masked without_lowest cubic_sparsity with_marks factorized k_means distillation_loss pack_bits",
     ),
     Module(
         number=19,
@@ -380,6 +403,10 @@ MODULES = (
         part="Systems",
         checkpoint="Write a token in the time of reading one, whatever the text before it",
         exports={"": "KVCache caching bytes_per_token speculative_generate"},
+        exercises="""
+            bytes_per_token Store.make_room remember attend shared_length KVCache._take_over settle
+            speculative_generate
+        """,
     ),
     Module(
         number=20,
@@ -395,6 +422,7 @@ MODULES = (
                 plot_latencies plot_scaling plot_server plot_pareto
             """
         },
+        exercises="quantile ranks independent_count transient verdict fit_power serve Candidate.dominates",
     ),
 )
 

@@ -21,6 +21,7 @@ from tinytorch.m01_setup import assert_close, manual_seed, message_of, print_tab
 from tinytorch.m02_tensor import (
     Tensor,
     bool_,
+    concatenate,
     float64,
     getitem,
     matmul,
@@ -130,6 +131,7 @@ def test_a_query_takes_what_its_key_offers() -> None:
     assert_close(attention_weights(key * 0, key), [[0.5, 0.5]] * 2)  # a query of zeros asks nothing
     assert_close(attention_weights(key * 0, key, is_causal=True), [[1, 0], [0.5, 0.5]])
     assert_close(attention_weights(key, key, tensor([[False, False], [True, True]])), [[0, 0], [0, 1]])
+    assert_close(attention_weights(tensor([[2.0] * 4]), tensor([[0.25] * 4, [0.0] * 4]))[0, 0], 1 / (1 + math.exp(-1)))
 
 
 # %% [markdown]
@@ -268,10 +270,11 @@ gradient(attention_gradients)
 
 def test_the_fused_attention_is_the_readable_one() -> None:
     query, key, value = (randn(2, 3, n, 4, dtype=float64) for n in (5, 6, 6))
-    for mask in (None, randn(5, 6, dtype=float64), randn(2, 1, 5, 6) > 0, padding_mask([2, 6])):
+    for mask in (None, randn(5, 6, dtype=float64), randn(2, 1, 5, 6) > 0, padding_mask([0, 6])):
         for is_causal in (False, True):
             expected = matmul(attention_weights(query, key, mask, is_causal), value)
             assert_close(attention(query, key, value, mask, is_causal=is_causal)[0], expected)
+    assert_close(attention(key * 1e4, key, value)[0], matmul(attention_weights(key * 1e4, key), value))
 
 
 def test_gradients_of_attention() -> None:
@@ -435,6 +438,16 @@ def test_the_future_has_no_influence() -> None:
     changed.data[:, 4:] += 1.0
     assert_close(layer(changed)[:, :4], layer(x)[:, :4])
     assert (layer(changed)[:, 4] - layer(x)[:, 4]).abs().max().item() > 1e-3
+
+
+def test_each_head_is_an_attention_of_its_own() -> None:
+    x, rotary = randn(1, 5, 6), RotaryEmbedding(2, 5)
+    layer = SelfAttention(6, 3, rotary=rotary, is_causal=False)
+    query, key, value = (layer.qkv(x)[0, :, start : start + 6] for start in (0, 6, 12))
+    query, key = (rotary(each.reshape(5, 3, 2).transpose(0, 1)) for each in (query, key))
+    seen = padding_mask([3], 5)[0, 0]
+    heads = [matmul(attention_weights(query[h], key[h], seen), value[:, 2 * h : 2 * h + 2]) for h in range(3)]
+    assert_close(layer(x, seen)[0], layer.out(concatenate(*heads, dim=1)), atol=1e-5)
 
 
 # %% [markdown]

@@ -158,6 +158,7 @@ def test_norms_see_one_place_only() -> None:
     out = LayerNorm(8)(x)
     assert_close([out.mean(-1).abs().max().item(), (out * out).mean().item()], [0.0, 1.0], atol=1e-4)
     assert_close((RMSNorm(8)(x) ** 2).mean(-1), ones(2, 3), atol=1e-4)
+    assert_close(rms_norm(tensor([[5.0, 5.0], [0.0, 0.0]]), (2,), tensor([1.0, -2.0])), [[1.0, -2.0], [0.0, 0.0]])
     for norm in (LayerNorm(8), RMSNorm(8)):
         assert_close(norm(x)[1, 2], norm(x[1, 2]))
     assert "last axes are (7,)" in message_of(layer_norm, x, (7,), error=ValueError)
@@ -321,11 +322,15 @@ class TransformerBlock(Module):
 
 
 def test_a_block_adds_to_the_stream() -> None:
-    block, x = TransformerBlock(GPTConfig(9, 8, 1, 2, 8)), randn(2, 5, 8)
-    for layer in (block.attention.out, block.mlp.down):
-        for parameter in layer.parameters():
+    for first, second in ((0, 1), (1, 0)):
+        block, x = TransformerBlock(GPTConfig(9, 8, 1, 2, 8)), randn(2, 5, 8) * 10
+        silenced = [list(layer.parameters()) for layer in (block.attention.out, block.mlp.down)]
+        for parameter in silenced[first]:
             zeros_(parameter)
-    assert_close(block(x), x)  # with nothing to add, it is the identity
+        assert_close(block(4 * x) - 4 * x, block(x) - x, atol=1e-4)  # it reads through a norm
+        for parameter in silenced[second]:
+            zeros_(parameter)
+        assert_close(block(x), x)  # with nothing to add, it is the identity
 
 
 # %% [markdown]
@@ -416,6 +421,8 @@ def test_what_it_holds_can_be_counted() -> None:
     block = 4 * C * C + 4 * C + 8 * C * C + 5 * C + 4 * C  # attention, its biases, the network, its biases, the norms
     assert count_parameters(model) == V * C + T * C + L * block + 2 * C
     assert "positions.weight" not in GPT(llama_config(50, num_layers=1, num_heads=2, embed_dim=8)).state_dict()
+    next_token_loss(model(randint(V, (2, 5))), randint(V, (2, 5))).backward()
+    assert all(parameter.grad is not None for parameter in model.parameters())  # nothing of it is idle
 
 
 # %% [markdown]
@@ -510,6 +517,15 @@ def reads_whole(model: GPT) -> Callable[[list[list[int]]], Tensor]:
             return model.scores(last)
 
     return read
+
+
+def test_a_row_is_read_from_its_last_place() -> None:
+    model, row = GPT(GPTConfig(13, 6, 2, 2, 8, dropout=0.5)), [5, 6, 7, 8, 9, 10, 11]
+    normal_(model.tokens.weight)  # of one opinion, instead of none
+    read = reads_whole(model)
+    assert_close(read([row]), read([row[1:]]), atol=1e-5)  # what does not fit in the context is its beginning
+    both, alone = read([[1, 2], row])[0], model.eval()(tensor([[1, 2]]))[0, -1]
+    assert_close(both, alone, atol=1e-5)
 
 
 READERS: list[Callable[[GPT], Callable[[list[list[int]]], Tensor]]] = [reads_whole]

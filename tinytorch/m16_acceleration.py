@@ -567,12 +567,16 @@ def double_in_a_kernel(xp: Any, x: Any) -> Any:
 
 @contextmanager
 def attached(place: str, when: Callable[..., bool]) -> Iterator[Op]:
-    """For tests: an operation of the function `double` that nobody else sees, with a kernel."""
+    """For tests: an operation of the function `double` that nobody else sees, with a kernel, and kernels are on."""
     with patch.dict(Op.registry):
         operation = op(double)
-    kernel = attach(operation, "numpy", place, when, "for a test")
-    yield operation
-    KERNELS.remove(kernel)
+    kernel, off = attach(operation, "numpy", place, when, "for a test"), REFERENCE_ONLY[:]
+    REFERENCE_ONLY.clear()
+    try:
+        yield operation
+    finally:
+        REFERENCE_ONLY[:] = off
+        KERNELS.remove(kernel)
 
 
 def test_a_kernel_runs_where_its_condition_holds() -> None:

@@ -192,11 +192,11 @@ gradient(fake_quantize, scale=None, zero_point=None,
 
 
 def test_gradients_go_straight_through() -> None:
-    x = tensor([-3.0, -0.26, 0.24, 0.9], requires_grad=True)
+    x = tensor([-3.0, -1.1, -0.26, 0.24, 0.6, 0.9], requires_grad=True)
     out = fake_quantize(x, tensor(0.5), tensor(0), low=-2, high=1)
-    assert out.tolist() == [-1.0, -0.5, 0.0, 0.5]
-    (out * tensor([1.0, 2.0, 3.0, 4.0])).sum().backward()
-    assert x.grad.tolist() == [0, 2, 3, 0]
+    assert out.tolist() == [-1.0, -1.0, -0.5, 0.0, 0.5, 0.5]
+    (out * tensor([1.0, 2.0, 3.0, 4.0, 5.0, 6.0])).sum().backward()
+    assert x.grad.tolist() == [0, 2, 3, 4, 5, 0]
 
 
 # %% [markdown]
@@ -265,7 +265,7 @@ non_differentiable(int8_linear, int8_convolution)
 def test_integers_compute_what_their_floats_do() -> None:
     x, weight, scales = randint(-128, 128, (4, 6)).to(int8), randint(-127, 128, (3, 6)).to(int8), tensor([0.1, 2, 0.5])
     y = int8_linear(x, tensor(0.3), tensor(-7), weight, scales, ones(3))
-    assert_close(y, linear(dequantize(x, 0.3, -7), dequantize(weight, scales, 0, dim=0), ones(3)), rtol=1e-5)
+    assert_close(y, linear(dequantize(x, 0.3, -7), dequantize(weight, scales, 0, dim=0), ones(3)), atol=0.01)
     rounded = int8_linear(x, tensor(0.3), tensor(-7), weight, scales, ones(3), tensor(9.0), tensor(5), relu=True)
     assert rounded.tolist() == quantize(relu(y), tensor(9.0), tensor(5)).tolist()
     message = message_of(int8_linear, randn(4, 6), tensor(1.0), 0, weight, scales, error=TypeError)
@@ -705,12 +705,12 @@ def rebuild(layer: Module, make: Callable[[str, Module], Module], path: str = ""
 
 def test_folding_changes_nothing_but_the_work() -> None:
     net, x = SimpleCNN(1, 3, 8, widths=(4, 4), batch_norm=True), randn(6, 1, 8, 8)
-    for _ in range(3):
-        net(x * 2 + 1)
+    net.add_module("0", Conv2d(1, 4, 3, padding=1))  # with a bias
+    overwrite(net[1].weight, tensor([1.0, -2.0, 3.0, 0.5]).data)  # as if it had learned something
+    net(x * 2 + 1)
     folded: Any = fold_batch_norm(net, x)
     assert_close(folded(x), net.eval()(x), atol=1e-4)
     assert [type(layer) for layer in (net[1], folded[1])] == [type(net[1]), Identity]
-    assert "1.weight" not in folded.state_dict()
 
 
 # %% [markdown]

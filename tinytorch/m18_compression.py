@@ -221,6 +221,7 @@ def test_the_smallest_go_and_a_second_time_the_smallest_of_the_rest() -> None:
     overwrite(layer.weight, tensor([[0.1, -0.5, 0.3, -0.2, 0.4]]).data)
     assert l1_unstructured(layer, "weight", 0.4).weight_mask.tolist() == [[0, 1, 1, 0, 1]]
     assert l1_unstructured(layer, "weight", 1).weight_mask.tolist() == [[0, 1, 0, 0, 1]]
+    assert without_lowest(tensor([1.0, 0.0, 1.0]), tensor([3.0, 9.0, 2.0]), 1).tolist() == [1, 0, 0]
     assert "a whole number up to 2, got 3" in message_of(l1_unstructured, layer, "weight", 3, error=ValueError)
 
 
@@ -630,6 +631,7 @@ def test_each_value_is_the_mean_of_those_that_take_it() -> None:
     values = tensor([0.0, 5.0, 0.2, 5.4, -3.0])
     assert_close(codebook := k_means(values, 3), [-3, 0.1, 5.2])
     assert nearest(values, codebook).tolist() == [1, 2, 1, 2, 0]
+    assert_close(k_means(tensor([0.0, 4.4, 5.0, 5.0, 9.0]), 2), [0, 5.85])  # 4.4 is at first in the lower half
     layer = custom_from_mask(Linear(5, 1, bias=False), "weight", tensor([[1.0, 1.0, 0.0, 1.0, 1.0]]))
     overwrite(layer.weight_orig, tensor([[0.0, 5.0, 9.0, 5.4, 0.2]]).data)
     assert_close(share_weights(layer, bits=1).weight, [[0.1, 5.2, 0, 5.2, 0.1]])

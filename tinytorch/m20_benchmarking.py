@@ -150,7 +150,7 @@ def ranks(n: int, q: float, confidence: float) -> tuple[int, int]:
 
 
 def test_the_ranks_of_a_median() -> None:
-    assert quantile([4.0, 1.0, 2.0], 0.25) == 1.5
+    assert quantile([4.0, 1.0, 2.0], 0.125) == 1.25
     assert ranks(10, 0.5, 0.95) == (2, 9)  # as tables have it
     assert ranks(100, 0.5, 0.95) == (40, 61)
     assert ranks(5, 0.5, 0.95) == (0, 6)  # the interval of five values would hold in 94 % only
@@ -553,6 +553,7 @@ def scaling(
 
 def test_an_exponent_is_found_with_its_error() -> None:
     assert_close(fit_power([1, 2, 4, 8], [3, 12, 48, 192]), [2, 0, 3], atol=1e-12)
+    assert_close(fit_power([1, 10, 100], [1, 10, 1])[:2], [0, 3**-0.5], atol=1e-12)
     machine = SimulatedMachine(drift=0.2)
     found = scaling(lambda n: machine.task(1e-5 * n**1.5), [10, 20, 40, 80, 160], clock=machine.clock)
     assert abs(found.exponent - 1.5) < 3 * found.error + 0.01
