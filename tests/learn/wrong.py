@@ -6,8 +6,6 @@ the mistake changes with it; one that no test sees asks for a test, and is not m
 
 from __future__ import annotations
 
-import importlib
-import importlib.util
 from dataclasses import dataclass
 from textwrap import dedent
 
@@ -46,10 +44,7 @@ class Wrong:
         return chapter.replace(solution, self.in_place_of(solution))
 
 
-def _listed(name: str) -> tuple[Wrong, ...]:
-    """The list of a file beside this one. It imports `Wrong` from here, hence comes after it."""
-    file = f"{__package__}.{name}"
-    return tuple(getattr(importlib.import_module(file), name.upper())) if importlib.util.find_spec(file) else ()
+from tests.learn.wrong_01_10 import WRONG_01_10  # noqa: E402 - they are made of what stands above
+from tests.learn.wrong_11_20 import WRONG_11_20  # noqa: E402
 
-
-WRONG = _listed("wrong_01_10") + _listed("wrong_11_20")
+WRONG = WRONG_01_10 + WRONG_11_20
