@@ -88,12 +88,14 @@ def die_at(step: int, root: Path) -> None:
     sys.addaudithook(audit)
 
 
-def fork(work: Callable[[], object]) -> int:
-    """Do it in a child; returns its process id. It ends with status 0 when it is done."""
+def fork(work: Callable[[], object], step: int = 0, root: Path = Path()) -> int:
+    """Do it in a child, which may die at a step; returns its process id. It ends with status 0 when it is done."""
     child = os.fork()
     if child == 0:
         status = 1
         try:
+            if step:
+                die_at(step, root)
             work()
             status = 0
         finally:
@@ -141,7 +143,7 @@ def main(folder: Path, rounds: int = 150) -> int:
         while status == 9:
             steps += 1
             fresh()
-            child = fork(lambda: (die_at(steps, root), job(workspace)))  # noqa: B023
+            child = fork(lambda: job(workspace), steps, root)  # noqa: B023
             status = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
             assert status in (0, 9), f"{label}: step {steps} ended with {status}"
             check(before, after, contents(root), f"{label}, killed at step {steps}")

@@ -37,8 +37,8 @@ if __name__ == "__main__":
 '''
 
 
-def notebook(*cells: tuple[str, str], **more: Any) -> str:
-    rows = [{"cell_type": kind, "metadata": {}, "source": source} for kind, source in cells]
+def notebook(*cells: tuple[str, str | list[str]], **more: Any) -> str:
+    rows: list[dict[str, Any]] = [{"cell_type": kind, "metadata": {}, "source": source} for kind, source in cells]
     for row in rows:
         if row["cell_type"] == "code":
             row |= {"execution_count": 1, "outputs": []}
