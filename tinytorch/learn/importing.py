@@ -8,7 +8,6 @@ the learner's, or nobody would see it run.
 from __future__ import annotations
 
 import dis
-import importlib
 import linecache
 import os
 import sys
@@ -96,8 +95,6 @@ class Finder(MetaPathFinder):
         file = self._file(number) if number else None
         if file is not None:
             other = None if target else running(file, fullname)
-            if other is None and package == "":  # `import m02_tensor` is the same module under a shorter name
-                other = importlib.import_module(f"{PACKAGE}.{name}")
             loader: Loader = LearnersFile(fullname, str(file)) if other is None else Again(other)
             return spec_from_file_location(fullname, file, loader=loader)
         found = PathFinder.find_spec(fullname, path, target) if package else None
@@ -117,7 +114,7 @@ class Finder(MetaPathFinder):
 
 def running(file: Path, fullname: str) -> ModuleType | None:
     """The module that has been made of a file already, under another name: `python m02_tensor.py` does, and pytest."""
-    for name in ("__main__", "__mp_main__", file.stem, f"{PACKAGE}.{file.stem}"):
+    for name in ("__main__", file.stem, f"{PACKAGE}.{file.stem}"):
         module = sys.modules.get(name)
         if module is not None and name != fullname and _file_of(module) == file.resolve():
             return module
