@@ -35,6 +35,7 @@ from tinytorch.learn.workspace import Workspace
 __all__ = ["Limits", "Report", "Result", "check", "check_command", "check_text"]
 
 PASSED, FAILED, NOT_WRITTEN, ABSENT = "passed", "failed", "not written", "absent"
+REST, LATER = "the rest of the chapter", "it is run when all exercises are passed"
 LONGEST = 1_000_000  # characters of a file; the longest chapter has 50,000
 OUTPUT = 20_000  # bytes of what a program prints that are kept, from the end
 MARK = "TINYTORCH_JOB"  # the variable that the processes of a run are known by
@@ -78,7 +79,7 @@ class Result:
         test: the first test that failed.
         message: why it failed; of an assertion, its text and the values that it compared.
         assertion: the line of the test.
-        line, code: the line of the learner's file that an error was raised in, or called from, and what stands there.
+        file, line, code: the line of the learner's that an error was raised in, or called from; 0 where there is none.
         waits_for: the exercise that is not written and without which the test could not go on.
     """
 
@@ -87,7 +88,8 @@ class Result:
     test: str = ""
     message: str = ""
     assertion: str = ""
-    line: int | None = None
+    file: str = ""
+    line: int = 0
     code: str = ""
     waits_for: str = ""
     seconds: float = 0.0
@@ -124,11 +126,15 @@ class Report:
                 "complete": self.complete} | asdict(self)  # fmt: skip
 
 
+def ignore(_: Any) -> None:
+    """Watch nothing."""
+
+
 # -- checking a text ---------------------------------------------------------------------------------------------------
 
 
 def check(
-    root: Path, number: int, *, own: bool = False, limits: Limits | None = None, watch: Callable[[str], None] = str
+    root: Path, number: int, *, own: bool = False, limits: Limits | None = None, watch: Callable[[str], None] = ignore
 ) -> Report:
     """Check a learner's module and note in the workspace what came of it.
 
@@ -150,7 +156,7 @@ def check_text(
     *,
     others: Mapping[int, str] | None = None,
     limits: Limits | None = None,
-    watch: Callable[[str], None] = str,
+    watch: Callable[[str], None] = ignore,
 ) -> Report:
     """Check the text of a module; nothing is written but in a temporary folder. ValueError if it has no exercises."""
     limits = limits or Limits()
@@ -163,6 +169,7 @@ def check_text(
         return nothing_ran(number, [Result(e.name, FAILED, message=str(error)) for e in known])
     if not written:
         return nothing_ran(number, [Result(exercise.name, NOT_WRITTEN) for exercise in known])
+    missing = {exercise.name for exercise in known} - written
     every = [name for name in top_functions(reference(number)) if name.startswith("test_")]
     theirs = {test for exercise in known for test in exercise.tests}
     wanted = {test for e in known if e.name in written for test in e.tests} | (set(every) - theirs)
@@ -176,19 +183,17 @@ def check_text(
             elif not exercise.tests:
                 results.append(Result(exercise.name, FAILED, message="the chapter has no test of it"))
             else:
-                results.append(summary(exercise.name, exercise.tests, found, set(e.name for e in known) - written))
-        rest = summary("the rest of the chapter", [t for t in every if t not in theirs], found,
-                       {e.name for e in known} - written)  # fmt: skip
-        checkpoint = Result("checkpoint", NOT_WRITTEN, message="it is run when all exercises are passed")
+                results.append(summary(exercise.name, exercise.tests, found, missing))
+        rest = summary(REST, [test for test in every if test not in theirs], found, missing)
+        checkpoint = Result("checkpoint", NOT_WRITTEN, message=LATER)
         if all(result.status == PASSED for result in (*results, rest)):
             checkpoint = job.run_checkpoint()
     return Report(number, results, rest, checkpoint, job.output)
 
 
 def nothing_ran(number: int, results: list[Result]) -> Report:
-    why = "it is run when all exercises are passed"
-    rest = Result("the rest of the chapter", NOT_WRITTEN, message="it is run when an exercise is written")
-    return Report(number, results, rest, Result("checkpoint", NOT_WRITTEN, message=why))
+    rest = Result(REST, NOT_WRITTEN, message="it is run when an exercise is written")
+    return Report(number, results, rest, Result("checkpoint", NOT_WRITTEN, message=LATER))
 
 
 def summary(name: str, tests: Iterable[str], found: Mapping[str, Outcome], missing: set[str]) -> Result:
@@ -202,8 +207,8 @@ def summary(name: str, tests: Iterable[str], found: Mapping[str, Outcome], missi
             waits_for = next((e for e in missing if message.startswith(f"exercise {e}:")), "")
             if outcome.get("error") not in ("", "AssertionError", "ended", None):
                 message = f"{outcome['error']}: {message}"
-            return Result(name, FAILED, test, message, outcome.get("assertion", ""), outcome.get("line"),
-                          outcome.get("code", ""), waits_for, taken)  # fmt: skip
+            return Result(name, FAILED, test, message, outcome.get("assertion", ""), outcome.get("file", ""),
+                          outcome.get("line", 0), outcome.get("code", ""), waits_for, taken)  # fmt: skip
     return Result(name, PASSED, seconds=taken)
 
 
@@ -217,9 +222,11 @@ def written_in(text: str, names: Iterable[str]) -> set[str]:
     try:
         tree = ast.parse(text)
     except SyntaxError as error:
-        raise ValueError(f"this is not Python: line {error.lineno}: {error.msg}") from None
-    except (ValueError, RecursionError, MemoryError) as error:
+        raise ValueError(f"this is not Python: line {error.lineno or 1}: {error.msg}") from None
+    except ValueError as error:
         raise ValueError(f"this is not Python: {error}") from None
+    except (RecursionError, MemoryError):
+        raise ValueError("this is not Python: it is nested too deeply") from None
     return {name for name in names if (node := last_definition(tree, name)) is not None and not is_empty(node)}
 
 
@@ -320,7 +327,7 @@ class Job:
         job = work | {"secret": secret, "number": self.number, "files": files, "folder": str(self.folder),
                       "seconds": limits.seconds, "apart": limits.apart,
                       "limits": {"memory": limits.memory, "file_size": limits.file_size, "files": limits.files,
-                                 "processes": limits.processes if limits.user is not None else None}}  # fmt: skip
+                                 "processes": limits.processes if limits.apart or limits.user is not None else None}}  # fmt: skip
         more: dict[str, Any] = {}
         if sys.platform == "win32":
             more["creationflags"] = subprocess.CREATE_NEW_PROCESS_GROUP
@@ -329,7 +336,8 @@ class Job:
             if limits.user is not None:
                 more |= {"user": limits.user, "group": limits.user, "extra_groups": []}
         process = subprocess.Popen(
-            [sys.executable, "-P", "-m", "tinytorch.learn.runner"], cwd=self.folder, env=self.environment() | {MARK: mark},
+            [sys.executable, "-P", "-m", "tinytorch.learn.runner"],
+            cwd=self.folder, env=self.environment() | {MARK: mark},
             stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE, **more)  # fmt: skip
         run = Run(process, secret, mark, limits)
         try:
@@ -377,8 +385,8 @@ class Run:
         self.finished = self.spoiled = False
         self.output = b""
         self.lines: queue.SimpleQueue[bytes | None] = queue.SimpleQueue()
-        self.threads = [threading.Thread(target=target, args=(pipe,), daemon=True)
-                        for target, pipe in ((self.read_report, process.stdout), (self.read_output, process.stderr))]  # fmt: skip
+        readers = ((self.read_report, process.stdout), (self.read_output, process.stderr))
+        self.threads = [threading.Thread(target=target, args=(pipe,), daemon=True) for target, pipe in readers]
 
     def read_report(self, pipe: IO[bytes]) -> None:
         """Take from a pipe the lines that begin with the secret, however much else is written there."""
@@ -594,13 +602,12 @@ def lines_of(report: Report, file: str, width: int = 80) -> list[str]:
     names = max(len(row.name) for row in report.exercises)
     lines = []
     for row in rows:
-        hint = f"tinytorch learn hint {report.number:02} {row.name}"
-        note = f"needs {row.waits_for}, which is not written" if row.waits_for else row.test
-        if row.status == NOT_WRITTEN:
-            note = hint if row in report.exercises else row.message
-        elif row.status != FAILED:
-            note = row.message
-        lines.append(shortened(f"{row.status:<11}  {row.name:<{names}}  {note}", width))
+        status, note = row.status, row.test or row.message
+        if row.waits_for:
+            status, note = "waiting", f"for {row.waits_for}, which is not written"
+        elif status == NOT_WRITTEN and row in report.exercises:
+            note = f"tinytorch learn hint {report.number:02} {row.name}"
+        lines.append(shortened(f"{status:<11}  {row.name:<{names}}  {note}", width))
     for row in rows:
         if row.status == FAILED and not row.waits_for:
             lines += ["", *reason(row, report.number, file, width, row in report.exercises)]
@@ -617,7 +624,8 @@ def reason(row: Result, number: int, file: str, width: int, hint: bool) -> list[
     for line in told[:12]:
         lines += textwrap.wrap(line, width, initial_indent="  ", subsequent_indent="    ") or [""]
     if row.line:
-        place = Path(file).name if file.endswith(".ipynb") else f"{Path(file).name}, line {row.line}"
+        notebook = file.endswith(".ipynb") and Path(file).stem == Path(row.file).stem  # whose lines have no numbers
+        place = Path(file).name if notebook else f"{row.file}, line {row.line}"
         lines.append(shortened(f"  {place}: {row.code}", width))
     if hint:
         lines.append(f"  hint: tinytorch learn hint {number:02} {row.name}")

@@ -36,6 +36,7 @@ from tinytorch.learn.checking import (
     Report,
     Result,
     check_text,
+    ignore,
     nothing_ran,
     shortened,
     stop,
@@ -206,7 +207,7 @@ def grade(
     *,
     jobs: int = 1,
     limits: Limits | None = None,
-    watch: Callable[[Grade], None] = str,
+    watch: Callable[[Grade], None] = ignore,
 ) -> list[Grade]:
     """Grade modules of each submission, several at once; the grades are in the order of the submissions.
 

@@ -49,12 +49,15 @@ def main() -> None:
 def run(job: dict[str, Any], report: Report) -> None:
     """Load the learner's module and run the tests on it, or the checkpoint."""
     number = job["number"]
-    tools, tests = tools_of(number), compile_tests(number)
-    guarded, broken = snapshot(), compile_asserts(ast.parse("assert 1 == 2"), "canary")
+    tests, broken = compile_tests(number), compile_asserts(ast.parse("assert 1 == 2"), "<canary>")
     try:
         with at_most(job["seconds"]):
-            for each, path in job["files"]:
-                module = load(each, Path(path))
+            *others, (_, path) = job["files"]
+            for each, other in others:  # the learner's too, if that was asked for
+                load(each, Path(other))
+            tools = tools_of(number)
+            guarded = snapshot()
+            module = load(number, Path(path))
     except BaseException as error:
         report("import", **describe(error, job["files"], number))
         return
@@ -108,11 +111,11 @@ def limit(limits: dict[str, Any]) -> None:
                        ("processes", "RLIMIT_NPROC")):  # fmt: skip
         if limits.get(kind) is not None:
             bounds.append((getattr(resource, name), limits[kind]))
-    for kind, value in bounds:
-        _, most = resource.getrlimit(kind)
+    for which, value in bounds:
+        _, most = resource.getrlimit(which)
         value = value if most == resource.RLIM_INFINITY else min(value, most)
         try:
-            resource.setrlimit(kind, (value, value))
+            resource.setrlimit(which, (value, value))
         except (OSError, ValueError):  # macOS knows some and takes none
             continue
 
@@ -267,19 +270,19 @@ class Explained(ast.NodeTransformer):
             parts = [ast.copy_location(ast.Assert(part, node.msg), part) for part in test.values]
             return [statement for part in parts for statement in self.visit_Assert(part)]
         before: list[ast.stmt] = []
-        values: list[ast.expr] = []
+        values: list[ast.Name] = []
         condition = test
         if isinstance(test, ast.Compare):
             names = [f"_value{i}_" for i in range(1 + len(test.ops))]
             for name, side in zip(names, [test.left, *test.comparators], strict=True):
                 before.append(ast.Assign([ast.Name(name, ast.Store())], side))
             values = [ast.Name(name, ast.Load()) for name in names]
-            condition = ast.Compare(values[0], test.ops, values[1:])
-        said = [ast.Constant(ast.unparse(test)), ast.List(values, ast.Load()), node.msg or ast.Constant(None)]
+            condition = ast.Compare(values[0], test.ops, list(values[1:]))
+        said = [ast.Constant(ast.unparse(test)), ast.List(list(values), ast.Load()), node.msg or ast.Constant(None)]
         failure = ast.Raise(ast.Call(ast.Name("_failed_", ast.Load()), said, []))
         statements = [*before, ast.If(ast.UnaryOp(ast.Not(), condition), [failure], [])]
-        for name in reversed(before):  # a test may look at what is still alive
-            statements.append(ast.Assign(name.targets, ast.Constant(None)))  # type: ignore[attr-defined]
+        for value in values:  # a test may look at what is still alive
+            statements.append(ast.Assign([ast.Name(value.id, ast.Store())], ast.Constant(None)))
         for statement in statements:
             ast.copy_location(statement, node)
             ast.fix_missing_locations(statement)
@@ -327,21 +330,20 @@ def describe(error: BaseException, files: list[tuple[int, str]], number: int) ->
             message = shorten(error)
         except Exception:
             message = "its message cannot be shown"
-    own = {path for _, path in files}
+    chapter = str(CHAPTERS / f"{module_of(number).file}.py")
     places = list(frames(error.__traceback__))
-    test = [line for path, line in places if path == str(CHAPTERS / f"{module_of(number).file}.py")]
-    line = next((line for path, line in reversed(places) if path in own), None)
-    path = next((path for path, _ in reversed(places) if path in own), None)
+    test = [line for path, line in places if path == chapter]
+    own = {path for _, path in files}
+    path, line = next((place for place in reversed(places) if place[0] in own), ("", 0))
     if isinstance(error, SyntaxError) and error.filename in own:
-        path, line = error.filename, error.lineno
-    file = str(CHAPTERS / f"{module_of(number).file}.py")
+        path, line = error.filename, error.lineno or 0
     return {
         "error": kind,
         "message": message,
-        "assertion": linecache.getline(file, test[-1]).strip() if test else "",
-        "file": Path(path).name if path else "",
+        "assertion": linecache.getline(chapter, test[-1]).strip() if test else "",
+        "file": Path(path).name,
         "line": line,
-        "code": linecache.getline(path, line).strip()[:LONG] if path and line else "",
+        "code": linecache.getline(path, line).strip()[:LONG] if line else "",
     }
 
 
@@ -424,7 +426,7 @@ def run_checkpoint(job: dict[str, Any], report: Report, intact: Callable[[], str
         text = str(crash.message if crash else found.longrepr or "")
         report("end", test=found.nodeid.rpartition("::")[2], passed=found.outcome != "failed",
                seconds=getattr(found, "duration", 0.0), skipped=found.outcome == "skipped", error="",
-               message=shorten(text), assertion="", file="", line=None, code="")  # fmt: skip
+               message=shorten(text), assertion="", file="", line=0, code="")  # fmt: skip
 
     options = ["-q", "--noconftest", "-p", "no:cacheprovider", "--import-mode=importlib", "-o", "filterwarnings="]
     pytest.main([job["checkpoint"], *options, "-o", "addopts="], plugins=[Reporter()])
