@@ -324,10 +324,11 @@ class Job:
         secret, mark = secrets.token_hex(16), secrets.token_hex(8)
         files = [(number, str(self.folder / f"{module_of(number).file}.py")) for number in self.loaded()]
         limits = self.limits
+        counted = limits.apart or limits.user is not None  # else the system counts all processes of this user
         job = work | {"secret": secret, "number": self.number, "files": files, "folder": str(self.folder),
                       "seconds": limits.seconds, "apart": limits.apart,
                       "limits": {"memory": limits.memory, "file_size": limits.file_size, "files": limits.files,
-                                 "processes": limits.processes if limits.apart or limits.user is not None else None}}  # fmt: skip
+                                 "processes": limits.processes if counted else None}}  # fmt: skip
         more: dict[str, Any] = {}
         if sys.platform == "win32":
             more["creationflags"] = subprocess.CREATE_NEW_PROCESS_GROUP

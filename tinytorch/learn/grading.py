@@ -11,6 +11,7 @@ import io
 import json
 import os
 import queue
+import shutil
 import signal
 import subprocess
 import sys
@@ -393,7 +394,11 @@ def grade_command(
     except (OSError, ValueError) as error:
         stop(str(error))
     told = as_json if json_ else as_junit if junit else as_csv if csv_ else None
-    text = told(grades) if told else "\n".join([*as_table(grades), "", PROTECTIONS[protection()]]) + "\n"
+    text = (
+        told(grades)
+        if told
+        else "\n".join([*as_table(grades, shutil.get_terminal_size().columns), "", PROTECTIONS[protection()]]) + "\n"
+    )
     if out is None:
         sys.stdout.write(text)
     else:

@@ -48,7 +48,15 @@ def main() -> None:
 
 def run(job: dict[str, Any], report: Report) -> None:
     """Load the learner's module and run the tests on it, or the checkpoint."""
-    number = job["number"]
+    # Names of this file are looked up before the learner's code could change what they mean.
+    number, explain, compare, probe, limited, clock = (
+        job["number"],
+        describe,
+        altered,
+        unmasked,
+        at_most,
+        time.perf_counter,
+    )
     tests, broken = compile_tests(number), compile_asserts(ast.parse("assert 1 == 2"), "<canary>")
     try:
         with at_most(job["seconds"]):
@@ -59,12 +67,12 @@ def run(job: dict[str, Any], report: Report) -> None:
             guarded = snapshot()
             module = load(number, Path(path))
     except BaseException as error:
-        report("import", **describe(error, job["files"], number))
+        report("import", **explain(error, job["files"], number))
         return
     report("ready")
 
     def intact() -> str:
-        return altered(guarded) or unmasked(broken, tools)
+        return compare(guarded) or probe(broken, tools)
 
     if changed := intact():
         report("altered", what=changed)
@@ -76,13 +84,13 @@ def run(job: dict[str, Any], report: Report) -> None:
     exec(tests, namespace)
     for name in job["tests"]:
         report("start", test=name)
-        found, start = {}, time.perf_counter()
+        found, start = {}, clock()
         try:
-            with at_most(job["seconds"]):
+            with limited(job["seconds"]):
                 namespace[name]()
         except BaseException as error:
-            found = describe(error, job["files"], number)
-        seconds = time.perf_counter() - start
+            found = explain(error, job["files"], number)
+        seconds = clock() - start
         if changed := intact():
             report("altered", what=changed)
             return
@@ -355,16 +363,15 @@ def frames(traceback: TracebackType | None) -> Iterator[tuple[str, int]]:
 
 # -- what a submission must not change ---------------------------------------------------------------------------------
 
+GUARDED = ("__main__", "builtins", "json", "json.encoder", "math", "numpy", "os", "posix", "signal", "sys", "time")
 Parts = list[tuple[str, dict[str, Any], str, Any, Any]]
 
 
 def snapshot() -> Parts:
-    """The functions and classes of Python, NumPy and TinyTorch as they are now, and the methods of TinyTorch's."""
-    import builtins
-
+    """What tests and this file are made of, as it is now: functions and classes, and the methods of TinyTorch's."""
     parts: Parts = []
     for name, module in list(sys.modules.items()):
-        if module is builtins or name == "numpy" or name.partition(".")[0] == "tinytorch":
+        if name in GUARDED or name.partition(".")[0] == "tinytorch":
             parts += parts_of(name, vars(module))
     for name, _, key, value, _ in list(parts):
         if isinstance(value, type) and value.__module__ == name and name.startswith("tinytorch"):
