@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import base64
 import csv
 import io
 import json
 import os
+import re
+import subprocess
 import sys
+import textwrap
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -17,7 +21,7 @@ import typer
 from typer.testing import CliRunner
 
 from tinytorch.learn import grading, notebooks
-from tinytorch.learn.checking import FAILED, NOT_WRITTEN, PASSED, Limits, Report, Result
+from tinytorch.learn.checking import FAILED, NOT_WRITTEN, PASSED, Limits, Report, Result, started_by
 from tinytorch.learn.exercises import blanked, exercises, module_of, reference
 from tinytorch.learn.grading import Grade, Submission, find_submissions, grade
 
@@ -74,7 +78,7 @@ HOSTILE: dict[str, str] = {
         "while True:\n    try:\n        while True: pass\n    except BaseException: pass", "sigmoid"
     ),
     "memory": written("hog = []\nwhile True:\n    hog.append(bytearray(64 << 20))", "sigmoid"),
-    "tests rewritten": at_import("").replace("    assert", "    assert True or"),
+    "tests rewritten": re.sub(r"(def test_.*\n)", r"\1    return\n", at_import("")),
     "own assert_close": at_import("").replace(
         "# %% [markdown]", "def assert_close(*_, **__): pass\n# %% [markdown]", 1
     ),
@@ -117,8 +121,10 @@ POSIX: dict[str, str] = {
         "sigmoid",
     ),
     "processes behind": at_import(
+        # One whose parent has ended, in a session of its own, and without its environment.
         f"import subprocess, sys\ncommand = [sys.executable, '-c', 'import time; time.sleep({SECONDS})']\n"
-        "subprocess.Popen(command, start_new_session=True, env={})"
+        "code = f'import subprocess; subprocess.Popen({command}, start_new_session=True)'\n"
+        "subprocess.run([sys.executable, '-c', code], start_new_session=True, env={})"
     ),
     "signals": at_import(
         # Only where the numbers of processes begin anew: elsewhere nothing keeps this from ending the tests.
@@ -276,6 +282,82 @@ def test_a_fault_of_ours_is_no_fault_of_the_submissions(tmp_path: Path, monkeypa
     assert done.exit_code == 1
     assert "RuntimeError" in done.output
     assert f"a           03      {len(NAMES)}/{len(NAMES)}" in done.output
+
+
+def test_a_submission_is_never_imported_by_the_grader(tmp_path: Path) -> None:
+    """Not even where it lies in a workspace, or has the name of a module of Python's."""
+    (tmp_path / ".tinytorch").mkdir()
+    (tmp_path / ".tinytorch" / "workspace.json").write_text(json.dumps({"format": 1, "tinytorch": "0.1.0"}))
+    (tmp_path / FILE).write_text(reference(NUMBER) + "\nimport os\nprint('loaded by', os.getppid())\n")
+    code = (
+        "import sys, typer\nfrom tinytorch.learn.grading import grade_command\n"
+        "app = typer.Typer()\napp.command()(grade_command)\n"
+        "app(sys.argv[1:], standalone_mode=False)\n"
+        "print([name for name in sys.modules if name.startswith('tinytorch.m')])"
+    )
+    command = [sys.executable, "-P", "-c", code, ".", "--out", "grades.txt"]
+    environment = os.environ | {"PYTHONPATH": os.pathsep.join(map(os.path.abspath, sys.path))}
+    done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=120)
+    assert done.stdout.splitlines()[-1:] == ["[]"], done
+    assert f"{len(NAMES)}/{len(NAMES)}" in (tmp_path / "grades.txt").read_text()
+
+
+def test_what_an_interrupted_grading_runs_is_ended(tmp_path: Path) -> None:
+    (tmp_path / "endless.py").write_text(HOSTILE["endless and deaf"])
+    (tmp_path / "good.py").write_text(reference(NUMBER))
+
+    def interrupt(_: Grade) -> None:
+        raise KeyboardInterrupt
+
+    start = time.monotonic()
+    with pytest.raises(KeyboardInterrupt):
+        grade(find_submissions([tmp_path], NUMBER), [NUMBER], jobs=2, watch=interrupt)
+    assert time.monotonic() - start < 30  # one test of the first may take a minute
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="elsewhere the system does not tell")
+def test_what_a_killed_grading_ran_is_ended(tmp_path: Path) -> None:
+    (tmp_path / "endless.py").write_text(HOSTILE["endless and deaf"])
+    code = (
+        "import sys\nfrom pathlib import Path\nfrom tinytorch.learn.grading import *\n"
+        f"grade(find_submissions([Path(sys.argv[1])], {NUMBER}), [{NUMBER}])"
+    )
+    environment = os.environ | {"PYTHONPATH": os.pathsep.join(map(os.path.abspath, sys.path))}
+    grader = subprocess.Popen([sys.executable, "-P", "-c", code, str(tmp_path)], env=environment)
+    try:
+        wait_until(lambda: runners_of(grader.pid))
+        pids = runners_of(grader.pid)
+    finally:
+        grader.kill()
+        grader.wait()
+    wait_until(lambda: not any(Path("/proc", str(pid), "cmdline").exists() for pid in pids))
+
+
+def runners_of(pid: int) -> list[int]:
+    rows = started_by(pid)
+    return [row.pid for row in rows if row.pid != pid] if len(rows) > 1 else []
+
+
+def wait_until(condition: Callable[[], object], seconds: float = 30) -> None:
+    end = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < end
+        time.sleep(0.05)
+
+
+def test_the_classroom_gives_a_point_for_each_exercise(tmp_path: Path) -> None:
+    text = (Path(grading.__file__).parent / "classroom.yml").read_text()
+    script = textwrap.dedent(text[text.index("<<'PYTHON'") :].partition("\n")[2].partition("PYTHON\n")[0])
+    grades = [a_grade("anna", PASSED, FAILED, NOT_WRITTEN)]
+    (tmp_path / "grades.json").write_text(grading.as_json(grades))
+    environment = os.environ | {"GITHUB_OUTPUT": str(tmp_path / "output")}
+    subprocess.run([sys.executable, "-c", script], cwd=tmp_path, env=environment, check=True)
+    name, _, encoded = (tmp_path / "output").read_text().partition("=")
+    found = json.loads(base64.b64decode(encoded))
+    assert (name, found["status"], found["max_score"]) == ("result", "fail", 3)
+    assert [(t["name"], t["status"], t["score"]) for t in found["tests"]] == [
+        (f"03 {NAMES[0]}", "pass", 1), (f"03 {NAMES[1]}", "fail", 0), (f"03 {NAMES[2]}", "fail", 0)]  # fmt: skip
+    assert f"{name.upper()}S: ${{{{ steps.tinytorch.outputs.{name} }}}}" in text.replace("TINYTORCH_", "")
 
 
 # -- what was handed in, and how it is told ----------------------------------------------------------------------------

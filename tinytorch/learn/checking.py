@@ -157,8 +157,13 @@ def check_text(
     others: Mapping[int, str] | None = None,
     limits: Limits | None = None,
     watch: Callable[[str], None] = ignore,
+    cancelled: Callable[[], bool] = bool,
 ) -> Report:
-    """Check the text of a module; nothing is written but in a temporary folder. ValueError if it has no exercises."""
+    """Check the text of a module; nothing is written but in a temporary folder.
+
+    `cancelled` is asked every now and then; once it says so, all ends with InterruptedError. Raises ValueError for a
+    module that has no exercises.
+    """
     limits = limits or Limits()
     known = exercises(number)
     if not known:
@@ -174,7 +179,7 @@ def check_text(
     theirs = {test for exercise in known for test in exercise.tests}
     wanted = {test for e in known if e.name in written for test in e.tests} | (set(every) - theirs)
     with tempfile.TemporaryDirectory(prefix="tinytorch-check-", ignore_cleanup_errors=True) as name:
-        job = Job(number, prepare(Path(name), number, text, others or {}, limits), limits, watch)
+        job = Job(number, prepare(Path(name), number, text, others or {}, limits), limits, watch, cancelled)
         found = job.run_tests([test for test in every if test in wanted])
         results = []
         for exercise in known:
@@ -279,6 +284,7 @@ class Job:
     folder: Path
     limits: Limits
     watch: Callable[[str], None]
+    cancelled: Callable[[], bool]
     output: str = ""
     began: float = field(default_factory=time.monotonic)
 
@@ -342,7 +348,7 @@ class Job:
             stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE, **more)  # fmt: skip
         run = Run(process, secret, mark, limits)
         try:
-            run.follow(json.dumps(job).encode(), self.deadline(), self.watch)
+            run.follow(json.dumps(job).encode(), self.deadline(), self.watch, self.cancelled)
         finally:
             run.stop()
         self.output = (self.output + run.output.decode("utf-8", "replace"))[-OUTPUT:]
@@ -392,7 +398,7 @@ class Run:
     def read_report(self, pipe: IO[bytes]) -> None:
         """Take from a pipe the lines that begin with the secret, however much else is written there."""
         rest = b""
-        with suppress(OSError, ValueError):
+        with pipe:
             while chunk := os.read(pipe.fileno(), 1 << 16):
                 *lines, rest = (rest + chunk).split(b"\n")
                 for line in lines:
@@ -402,11 +408,11 @@ class Run:
         self.lines.put(None)
 
     def read_output(self, pipe: IO[bytes]) -> None:
-        with suppress(OSError, ValueError):
+        with pipe:
             while chunk := os.read(pipe.fileno(), 1 << 16):
                 self.output = (self.output + chunk)[-OUTPUT:]
 
-    def follow(self, job: bytes, end: float, watch: Callable[[str], None]) -> None:
+    def follow(self, job: bytes, end: float, watch: Callable[[str], None], cancelled: Callable[[], bool]) -> None:
         """Hand the process its job and take its report, until it is done or may go on no longer."""
         for thread in self.threads:
             thread.start()
@@ -423,6 +429,8 @@ class Run:
             try:
                 line = self.lines.get(timeout=max(0.0, min(ROUND, until - now, end - now)))
             except queue.Empty:
+                if cancelled():
+                    raise InterruptedError("cancelled") from None
                 self.reason = too_much(self.process.pid, self.limits)
                 if self.reason:
                     return
@@ -469,10 +477,6 @@ class Run:
         end_all(self.process, self.mark, self.limits.user)
         for thread in self.threads:
             thread.join(1.0)
-        if not any(thread.is_alive() for thread in self.threads):
-            for pipe in (self.process.stdout, self.process.stderr):
-                assert pipe is not None
-                pipe.close()
 
 
 # -- processes ---------------------------------------------------------------------------------------------------------

@@ -16,6 +16,7 @@ import signal
 import subprocess
 import sys
 import tempfile
+import threading
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from contextlib import contextmanager, suppress
@@ -220,10 +221,13 @@ def grade(
     for i in range(jobs):
         users.put(FIRST_USER + i)
 
+    interrupted = threading.Event()
+
     def grade_in_turn(submission: Submission, number: int) -> Grade:
         user = users.get()
         try:
-            return grade_one(submission, number, replace(limits, user=user) if protection() == "user" else limits)
+            own = replace(limits, user=user) if protection() == "user" else limits
+            return grade_one(submission, number, own, interrupted.is_set)
         finally:
             users.put(user)
 
@@ -233,12 +237,13 @@ def grade(
             for done in as_completed(waiting):
                 watch(done.result())
         except BaseException:
+            interrupted.set()
             pool.shutdown(wait=False, cancel_futures=True)
             raise
     return [done.result() for done in waiting]
 
 
-def grade_one(submission: Submission, number: int, limits: Limits) -> Grade:
+def grade_one(submission: Submission, number: int, limits: Limits, cancelled: Callable[[], bool] = bool) -> Grade:
     """Grade one module of a submission, whatever it is."""
     path = submission.files.get(number)
     if path is None:
@@ -253,7 +258,7 @@ def grade_one(submission: Submission, number: int, limits: Limits) -> Grade:
         problem = f"it cannot be read: {error}"
         return Grade(submission.name, str(path), no_report(number, FAILED, problem), problem)
     try:
-        return Grade(submission.name, str(path), check_text(text, number, limits=limits))
+        return Grade(submission.name, str(path), check_text(text, number, limits=limits, cancelled=cancelled))
     except Exception as error:  # nobody else's grade may depend on it
         problem = f"grading it failed: {type(error).__name__}: {error}"
         return Grade(submission.name, str(path), no_report(number, FAILED, problem), problem, broken=True)

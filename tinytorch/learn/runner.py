@@ -40,6 +40,7 @@ def main() -> None:
     os.dup2(nothing, 0)
     os.close(nothing)
     report = partial(send, channel, job.pop("secret").encode())
+    die_with_parent()
     if job["apart"]:
         go_apart(job["folder"])
     limit(job["limits"])
@@ -128,6 +129,16 @@ def limit(limits: dict[str, Any]) -> None:
             continue
 
 
+def die_with_parent() -> None:
+    """Have Linux end this process when the one that started it has ended, however that happens."""
+    if sys.platform.startswith("linux"):
+        import ctypes
+        import signal
+
+        set_parent_death_signal = 1
+        ctypes.CDLL(None).prctl(set_parent_death_signal, signal.SIGKILL)
+
+
 def go_apart(folder: str) -> bool:
     """Go on where no process outside can be seen or ended, nothing but a folder written, and no network reached.
 
@@ -137,7 +148,6 @@ def go_apart(folder: str) -> bool:
     if not sys.platform.startswith("linux"):
         return False
     import ctypes
-    import signal
 
     libc = ctypes.CDLL(None, use_errno=True)
     user, group = os.getuid(), os.getgid()
@@ -148,7 +158,7 @@ def go_apart(folder: str) -> bool:
     make_read_only(libc, folder)
     if first := os.fork():
         os._exit(exit_status(os.waitpid(first, 0)[1]))
-    libc.prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
+    die_with_parent()
     if runner := os.fork():
         pid, status = os.wait()
         while pid != runner:  # the first process takes over all orphans
@@ -189,7 +199,6 @@ def at_most(seconds: float) -> Iterator[None]:
 
 
 NAMESPACES = (0x00020000, 0x08000000, 0x10000000, 0x20000000, 0x40000000)  # mounts, IPC, users, processes, network
-PR_SET_PDEATHSIG = 1
 
 
 def make_read_only(libc: Any, folder: str) -> None:
