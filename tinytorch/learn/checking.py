@@ -419,7 +419,7 @@ class Run:
         assert self.process.stdin is not None
         with suppress(BrokenPipeError, OSError), self.process.stdin as pipe:
             pipe.write(job)
-        until = time.monotonic() + self.limits.seconds + 10  # the first import of NumPy may take long
+        until = time.monotonic() + 60 + self.limits.seconds  # NumPy's first import may take long; it is not theirs
         while not self.finished and not self.spoiled:
             now = time.monotonic()
             if now > min(until, end):

@@ -60,12 +60,14 @@ def run(job: dict[str, Any], report: Report) -> None:
     )
     tests, broken = compile_tests(number), compile_asserts(ast.parse("assert 1 == 2"), "<canary>")
     try:
-        with at_most(job["seconds"]):
-            *others, (_, path) = job["files"]
-            for each, other in others:  # the learner's too, if that was asked for
+        *others, (_, path) = job["files"]
+        for each, other in others:  # the learner's too, if that was asked for
+            with limited(job["seconds"]):
                 load(each, Path(other))
-            tools = tools_of(number)
-            guarded = snapshot()
+        tools = tools_of(number)
+        guarded = snapshot()
+        report("loading")
+        with limited(job["seconds"]):
             module = load(number, Path(path))
     except BaseException as error:
         report("import", **explain(error, job["files"], number))
