@@ -21,7 +21,9 @@ import typer
 import tinytorch
 from tinytorch.curriculum import MODULES, Module, find_module
 from tinytorch.learn import exercises
+from tinytorch.learn.checking import check_command
 from tinytorch.learn.exercises import Exercise, definition
+from tinytorch.learn.grading import grade_command
 from tinytorch.learn.workspace import Update, Workspace, digest, in_cells
 from tinytorch.terminal import JsonOption, fail
 
@@ -44,6 +46,10 @@ WIDTH = 80
 def _root() -> None:
     if isinstance(sys.stdout, io.TextIOWrapper):
         sys.stdout.reconfigure(errors="replace")  # chapters hold signs that a Windows pipe's encoding may lack
+
+
+app.command("check", epilog="Examples: tinytorch learn check 02; tinytorch learn check tensor --json")(check_command)
+app.command("grade", epilog="Example: tinytorch learn grade submissions/ --csv --out grades.csv")(grade_command)
 
 
 @app.command(epilog="Examples: tinytorch learn start 02; tinytorch learn start tensor --notebook")
