@@ -285,8 +285,8 @@ def run_module(namespace: dict[str, Any]) -> None:
 
     Exits with status 1 if a test fails. `--tests-only` on the command line leaves the analysis out.
     """
-    spec = namespace.get("__spec__")
-    name = spec.name if spec else f"tinytorch.{Path(namespace['__file__']).stem}"
+    spec, file = namespace.get("__spec__"), namespace.get("__file__")  # a notebook's cells have neither
+    name = spec.name if spec else f"tinytorch.{Path(file).stem}" if file else namespace["__name__"]
     sys.modules[name] = sys.modules[namespace["__name__"]]
     print((namespace.get("__doc__") or name).strip().splitlines()[0])
     tests = [value for key, value in list(namespace.items()) if key.startswith("test_") and callable(value)]

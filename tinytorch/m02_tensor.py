@@ -122,8 +122,7 @@ class Op:
 
     def __init__(self, function: Callable, dtypes: str | None = None) -> None:
         parameters = list(signature(function).parameters.values())[1:]
-        self.function = function
-        self.name = self.__name__ = function.__name__
+        self.function, self.name, self.__name__ = function, function.__name__, function.__name__
         self.__doc__, self.__module__, self.__wrapped__ = function.__doc__, function.__module__, function
         self.variadic = any(p.kind is Argument.VAR_POSITIONAL for p in parameters)
         self.inputs = tuple(p.name for p in parameters if p.kind is not Argument.KEYWORD_ONLY)
@@ -131,8 +130,10 @@ class Op:
         self.most_inputs = math.inf if self.variadic else len(self.inputs)
         self.promotes, self.floating = dtypes is not None, dtypes == "float"
         self.implementations: dict[str, list[tuple[Callable, Callable]]] = {}
-        if self.registry.setdefault(self.name, self) is not self:
-            raise ValueError(f"there is an operation {self.name!r} already, in {self.registry[self.name].__module__}")
+        known = self.registry.setdefault(self.name, self)
+        if known.__module__ != self.__module__:
+            raise ValueError(f"there is an operation {self.name!r} already, in {known.__module__}")
+        self.registry[self.name] = self  # a notebook's cell may be run again
 
     def __call__(self, *inputs: Any, **attributes: Any) -> Any:
         if len(inputs) > self.most_inputs:

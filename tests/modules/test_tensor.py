@@ -498,3 +498,25 @@ def test_infinite_results_warn_nobody_but_users_keep_their_warnings() -> None:
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
     assert done.stdout.strip() == "kept", done.stderr
+
+
+def test_an_operation_of_the_same_name_is_refused_but_from_its_own_module() -> None:
+    """A notebook's cell is run again and again; the operation of another module stays what it is."""
+    from tinytorch.m02_tensor import Op, op
+
+    def matmul(xp: Any, a: Any, b: Any) -> Any:
+        return a
+
+    with pytest.raises(ValueError, match="there is an operation 'matmul' already"):
+        op(matmul)
+    assert Op.registry["matmul"] is t.matmul
+
+    def only_here(xp: Any, x: Any) -> Any:
+        return x
+
+    op(only_here)
+    try:
+        second = op(only_here)
+        assert Op.registry["only_here"] is second
+    finally:
+        del Op.registry["only_here"]
