@@ -268,7 +268,8 @@ def kernels(as_json: JsonOption = False) -> None:
         print(json.dumps(report, indent=2))
         return
     files = [row["kernel"].partition(":")[0] for row in report["kernels"]]
-    rows = [(row["operation"], file, row["why"]) for row, file in zip(report["kernels"], files, strict=True)]
+    listed = zip(report["kernels"], files, strict=True)
+    rows: list[tuple[str, ...]] = [(row["operation"], file, row["why"]) for row, file in listed]
     print_rows(("operation", "kernel", "why"), rows)
     print(f"Kernels are {report['state']}. Compiled for {report['cpu']} with {report['lanes']} floats in a vector, "
           f"on {report['cores']} core(s).")  # fmt: skip
