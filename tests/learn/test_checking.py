@@ -174,6 +174,38 @@ def test_memory_is_limited() -> None:
     assert found["softmax"].status == PASSED
 
 
+# -- the checkpoint ----------------------------------------------------------------------------------------------------
+
+GOOD = "def test_a() -> None:\n    from tinytorch.m03_activations import MINE\n    assert MINE\n\n\n"
+
+
+@pytest.mark.parametrize(
+    ("checkpoint", "status", "said"),
+    [
+        (GOOD, PASSED, ""),
+        (GOOD + "def test_b() -> None:\n    value = 3\n    assert value == 4\n", FAILED, "assert 3 == 4"),
+        (GOOD + "def test_b() -> None:\n    import os\n    os._exit(0)\n", FAILED, "the program ended here"),
+        (GOOD + "if False:\n    pass\ndef test_b(missing) -> None: ...\n", FAILED, "missing"),
+        (GOOD + "def test_b() -> None: ...\ndel test_b\n", FAILED, "it was not run"),
+        ("import pytest\n\n\n@pytest.mark.skip\n" + GOOD, FAILED, "it was not run"),
+        ("import nowhere\n" + GOOD, FAILED, "nowhere"),
+        (None, "absent", "no checkpoints"),
+    ],
+)
+def test_a_checkpoint_passes_only_as_a_whole(
+    tmp_path: Path, monkeypatch, checkpoint: str | None, status: str, said: str
+) -> None:
+    folder = tmp_path / "tests" / "checkpoints"
+    folder.mkdir(parents=True)
+    if checkpoint is not None:
+        (folder / "test_03_activations.py").write_text(checkpoint)
+    monkeypatch.setattr(checking, "CHAPTERS", tmp_path / "tinytorch")
+    (tmp_path / "copy").mkdir()
+    prepared = checking.prepare(tmp_path / "copy", NUMBER, reference(NUMBER) + "\nMINE = True\n", {}, Limits())
+    result = checking.Job(NUMBER, prepared, Limits(), checking.ignore, bool).run_checkpoint()
+    assert (result.status, said in result.message) == (status, True), result
+
+
 # -- the text ----------------------------------------------------------------------------------------------------------
 
 
@@ -266,6 +298,7 @@ def test_what_only_tests_use_comes_with_them() -> None:
 
 @pytest.fixture
 def workspace(tmp_path: Path, monkeypatch) -> Workspace:
+    monkeypatch.delenv("PYTHONUNBUFFERED", raising=False)
     made = Workspace.create(tmp_path / "Übung eins ∇")
     monkeypatch.setenv("TINYTORCH_WORKSPACE", str(made.root))
     return made

@@ -372,7 +372,7 @@ class Job:
         given |= {
             "TINYTORCH_WORKSPACE": folder, "TINYTORCH_DEVICE": "cpu", "CUDA_VISIBLE_DEVICES": "",
             "PYTHONPATH": os.pathsep.join(map(os.path.abspath, sys.path)), "PYTHONDONTWRITEBYTECODE": "1",
-            "PYTHONUTF8": "1", "PYTEST_DISABLE_PLUGIN_AUTOLOAD": "1",
+            "PYTHONUTF8": "1", "PYTHONUNBUFFERED": "1", "PYTEST_DISABLE_PLUGIN_AUTOLOAD": "1",
             "TMPDIR": folder, "TEMP": folder, "TMP": folder}  # fmt: skip
         if self.limits.environment is not None:
             given |= {"HOME": folder, "USERPROFILE": folder, "NUMBA_CACHE_DIR": folder}
