@@ -5,6 +5,7 @@ Importing the package loads nothing; the first name used loads the modules.
 
 from __future__ import annotations
 
+import importlib
 import os
 import sys
 from pathlib import Path
@@ -37,9 +38,7 @@ def _workspace() -> str | None:
 
 
 if (_found := _workspace()) is not None:  # there, chapters are the learner's
-    from tinytorch.learn import importing as _importing
-
-    _importing.install(_found)
+    importlib.import_module("tinytorch.learn.importing").install(_found)  # by name: chapters import this file, too
 
 
 def __getattr__(name: str) -> Any:
