@@ -14,7 +14,7 @@ import typer
 from typer.testing import CliRunner
 
 from tinytorch.learn import checking, runner
-from tinytorch.learn.checking import FAILED, NOT_WRITTEN, PASSED, Limits, Report, Result, check, check_text
+from tinytorch.learn.checking import FAILED, NOT_RUN, NOT_WRITTEN, PASSED, Limits, Report, Result, check, check_text
 from tinytorch.learn.exercises import blanked, definition, exercises, reference
 from tinytorch.learn.workspace import Workspace
 
@@ -45,7 +45,7 @@ def by_name(report: Report) -> dict[str, Result]:
 def without_checkpoint(text: str, **options) -> Report:
     """What comes of a text in which something is wrong, so that the checkpoint is not run."""
     report = check_text(text, NUMBER, limits=Limits(**options))
-    assert report.checkpoint.status == NOT_WRITTEN
+    assert report.checkpoint.status == NOT_RUN
     assert not report.complete
     return report
 
@@ -320,6 +320,7 @@ def test_a_check_is_recorded_and_touches_nothing_else(workspace: Workspace) -> N
     noted = workspace.progress()[str(NUMBER)]
     assert noted["results"] == {e.name: e.status for e in report.exercises}
     assert noted["results"]["relu"] == FAILED
+    assert "checkpoint" not in noted
 
 
 def test_the_command_prints_a_line_for_each_exercise(workspace: Workspace) -> None:
@@ -335,7 +336,8 @@ def test_the_command_prints_a_line_for_each_exercise(workspace: Workspace) -> No
     lines = done.output.splitlines()
     assert max(map(len, lines)) <= 80
     assert [line.split()[1] for line in lines[: len(NAMES)]] == NAMES
-    assert "hint: tinytorch learn hint 03 relu" in done.output
+    assert "  hint: tinytorch learn hint 03 relu" in lines
+    assert "relu, leaky_relu: test_straight_pieces" in lines  # they share the test
     assert "seen" in lines
     found = json.loads(run_command("3", "--json").stdout)
     assert (found["passed"], found["total"], found["complete"]) == (found["passed"], len(NAMES), False)
