@@ -16,7 +16,7 @@ from typer.testing import CliRunner
 from tinytorch.learn import checking, runner
 from tinytorch.learn.checking import FAILED, NOT_RUN, NOT_WRITTEN, PASSED, Limits, Report, Result, check, check_text
 from tinytorch.learn.exercises import blanked, definition, exercises, reference
-from tinytorch.learn.workspace import Workspace
+from tinytorch.learn.workspace import Workspace, digest
 
 NUMBER = 3  # a short chapter
 NAMES = [exercise.name for exercise in exercises(NUMBER)]
@@ -142,12 +142,15 @@ def test_an_endless_loop_that_catches_everything_is_stopped() -> None:
     assert found["softmax"].status == PASSED
 
 
-@pytest.mark.parametrize("body", ["import sys\nsys.exit(0)", "import os\nos._exit(0)", "raise KeyboardInterrupt"])
-def test_a_program_that_ends_has_not_passed(body: str) -> None:
-    found = by_name(without_checkpoint(with_body(body, "elu")))
+@pytest.mark.parametrize("end", ["import sys\nsys.exit(0)", "import os\nos._exit(0)", "raise KeyboardInterrupt"])
+def test_a_program_that_ends_has_not_passed(end: str, monkeypatch) -> None:
+    monkeypatch.delenv("PYTHONUNBUFFERED", raising=False)
+    report = without_checkpoint(with_body(f"print('the last word')\n{end}", "elu"))
+    found = by_name(report)
     assert found["elu"].status == FAILED
     assert "ended here" in found["elu"].message
     assert found["softmax"].status == PASSED
+    assert "the last word" in report.output
 
 
 def test_a_file_that_cannot_be_loaded_passes_nothing() -> None:
@@ -320,6 +323,7 @@ def test_a_check_is_recorded_and_touches_nothing_else(workspace: Workspace) -> N
     noted = workspace.progress()[str(NUMBER)]
     assert noted["results"] == {e.name: e.status for e in report.exercises}
     assert noted["results"]["relu"] == FAILED
+    assert noted["digest"] == digest(before.decode())
     assert "checkpoint" not in noted
 
 
