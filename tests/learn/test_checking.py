@@ -135,13 +135,6 @@ def test_an_endless_loop_is_stopped_and_the_others_are_tested() -> None:
     assert found["softmax"].status == PASSED
 
 
-def test_an_endless_loop_that_catches_everything_is_stopped() -> None:
-    body = "while True:\n    try:\n        while True:\n            pass\n    except BaseException:\n        pass"
-    found = by_name(without_checkpoint(with_body(body, "elu"), seconds=1))
-    assert "still running after 1 s" in found["elu"].message
-    assert found["softmax"].status == PASSED
-
-
 @pytest.mark.parametrize("end", ["import sys\nsys.exit(0)", "import os\nos._exit(0)", "raise KeyboardInterrupt"])
 def test_a_program_that_ends_has_not_passed(end: str, monkeypatch) -> None:
     monkeypatch.delenv("PYTHONUNBUFFERED", raising=False)

@@ -32,7 +32,7 @@ NAMES = [exercise.name for exercise in EXERCISES]
 TESTS = sorted({test for exercise in EXERCISES for test in exercise.tests})
 EMPTY = blanked(reference(NUMBER), NUMBER, NAMES)
 IMPORTS = EMPTY.index("import math")  # behind the line that must be first
-SECONDS = 987654  # by which the processes are known that a submission leaves behind
+SECONDS = 900_000_000 + os.getpid()  # by which the processes are known that a submission leaves behind
 
 
 def written(code: str, *names: str) -> str:
@@ -189,7 +189,7 @@ def left_behind() -> list[str]:
             line = path.read_text(errors="replace")
         except OSError:
             continue
-        if f"sleep({SECONDS})" in line or ("tinytorch.learn.runner" in line and parent_of(path) in (1, os.getpid())):
+        if f"sleep({SECONDS})" in line or ("tinytorch.learn.runner" in line and parent_of(path) == os.getpid()):
             found.append(line)
     return found
 
