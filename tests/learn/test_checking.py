@@ -185,7 +185,7 @@ GOOD = "def test_a() -> None:\n    from tinytorch.m03_activations import MINE\n 
         (GOOD + "def test_b() -> None: ...\ndel test_b\n", FAILED, "it was not run"),
         ("import pytest\n\n\n@pytest.mark.skip\n" + GOOD, FAILED, "it was not run"),
         ("import nowhere\n" + GOOD, FAILED, "nowhere"),
-        (None, "absent", "no checkpoints"),
+        (None, "absent", "only a checkout"),
     ],
 )
 def test_a_checkpoint_passes_only_as_a_whole(

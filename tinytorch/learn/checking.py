@@ -310,7 +310,7 @@ class Job:
         module = module_of(self.number)
         path = CHAPTERS.parent / "tests" / "checkpoints" / f"test_{module.number:02}_{module.name}.py"
         if not path.is_file():
-            return Result("checkpoint", ABSENT, message="this installation has no checkpoints; a checkout has")
+            return Result("checkpoint", ABSENT, message="only a checkout has checkpoints")
         if importlib.util.find_spec("pytest") is None:
             return Result("checkpoint", ABSENT, message="it needs pytest: pip install pytest")
         run = self.start({"tests": [], "checkpoint": str(path)})
