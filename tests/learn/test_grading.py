@@ -20,7 +20,7 @@ import pytest
 import typer
 from typer.testing import CliRunner
 
-from tinytorch.learn import grading, notebooks
+from tinytorch.learn import checking, grading, notebooks
 from tinytorch.learn.checking import FAILED, NOT_RUN, NOT_WRITTEN, PASSED, Limits, Report, Result, started_by
 from tinytorch.learn.exercises import blanked, exercises, module_of, reference
 from tinytorch.learn.grading import Grade, Submission, find_submissions, grade
@@ -258,6 +258,16 @@ def test_apart_nothing_outside_is_written_and_no_network_reached(tmp_path: Path)
     assert "unreachable" in done.report.output
     assert "TOKEN" not in done.report.output
     assert target.read_text() == "as it was"
+
+
+def test_what_cannot_be_shut_in_is_not_run(tmp_path: Path, monkeypatch) -> None:
+    monkeypatch.setattr(grading, "protection", lambda: "apart")
+    (tmp_path / FILE).write_text(at_import("print('it ran')"))
+    code = "from tinytorch.learn import runner; runner.go_apart = lambda _: False; runner.main()"
+    monkeypatch.setattr(checking, "COMMAND", [sys.executable, "-P", "-c", code])
+    (done,) = grade([Submission("it", {NUMBER: tmp_path / FILE})], [NUMBER], limits=LIMITS)
+    assert "could not shut it in" in done.report.exercises[0].message
+    assert "it ran" not in done.report.output
 
 
 def test_all_tests_together_have_a_limit(tmp_path: Path) -> None:

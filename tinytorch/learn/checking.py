@@ -38,6 +38,7 @@ PASSED, FAILED, NOT_WRITTEN, NOT_RUN, ABSENT = "passed", "failed", "not written"
 REST, LATER = "the rest of the chapter", "it is run when all exercises are passed"
 LONGEST = 1_000_000  # characters of a file; the longest chapter has 50,000
 OUTPUT = 20_000  # bytes of what a program prints that are kept, from the end
+COMMAND = [sys.executable, "-P", "-m", "tinytorch.learn.runner"]
 MARK = "TINYTORCH_JOB"  # the variable that the processes of a run are known by
 ROUND = 0.1  # seconds between two looks at the processes of a job
 WITH_KERNELS = 16  # the module whose subject kernels are
@@ -344,8 +345,7 @@ class Job:
             if limits.user is not None:
                 more |= {"user": limits.user, "group": limits.user, "extra_groups": []}
         process = subprocess.Popen(
-            [sys.executable, "-P", "-m", "tinytorch.learn.runner"],
-            cwd=self.folder, env=self.environment() | {MARK: mark},
+            COMMAND, cwd=self.folder, env=self.environment() | {MARK: mark},
             stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE, **more)  # fmt: skip
         run = Run(process, secret, mark, limits)
         try:
