@@ -20,8 +20,8 @@ import pytest
 import typer
 from typer.testing import CliRunner
 
-from tinytorch.learn import grading, notebooks
-from tinytorch.learn.checking import FAILED, NOT_WRITTEN, PASSED, Limits, Report, Result, started_by
+from tinytorch.learn import checking, grading, notebooks
+from tinytorch.learn.checking import FAILED, NOT_RUN, NOT_WRITTEN, PASSED, Limits, Report, Result, started_by
 from tinytorch.learn.exercises import blanked, exercises, module_of, reference
 from tinytorch.learn.grading import Grade, Submission, find_submissions, grade
 
@@ -32,7 +32,7 @@ NAMES = [exercise.name for exercise in EXERCISES]
 TESTS = sorted({test for exercise in EXERCISES for test in exercise.tests})
 EMPTY = blanked(reference(NUMBER), NUMBER, NAMES)
 IMPORTS = EMPTY.index("import math")  # behind the line that must be first
-SECONDS = 987654  # by which the processes are known that a submission leaves behind
+SECONDS = 900_000_000 + os.getpid()  # by which the processes are known that a submission leaves behind
 
 
 def written(code: str, *names: str) -> str:
@@ -189,7 +189,7 @@ def left_behind() -> list[str]:
             line = path.read_text(errors="replace")
         except OSError:
             continue
-        if f"sleep({SECONDS})" in line or ("tinytorch.learn.runner" in line and parent_of(path) in (1, os.getpid())):
+        if f"sleep({SECONDS})" in line or ("tinytorch.learn.runner" in line and parent_of(path) == os.getpid()):
             found.append(line)
     return found
 
@@ -260,6 +260,16 @@ def test_apart_nothing_outside_is_written_and_no_network_reached(tmp_path: Path)
     assert target.read_text() == "as it was"
 
 
+def test_what_cannot_be_shut_in_is_not_run(tmp_path: Path, monkeypatch) -> None:
+    monkeypatch.setattr(grading, "protection", lambda: "apart")
+    (tmp_path / FILE).write_text(at_import("print('it ran')"))
+    code = "from tinytorch.learn import runner; runner.go_apart = lambda _: False; runner.main()"
+    monkeypatch.setattr(checking, "COMMAND", [sys.executable, "-P", "-c", code])
+    (done,) = grade([Submission("it", {NUMBER: tmp_path / FILE})], [NUMBER], limits=LIMITS)
+    assert "could not shut it in" in done.report.exercises[0].message
+    assert "it ran" not in done.report.output
+
+
 def test_all_tests_together_have_a_limit(tmp_path: Path) -> None:
     path = tmp_path / FILE
     path.write_text(HOSTILE["endless and deaf"])
@@ -326,16 +336,19 @@ def test_what_a_killed_grading_ran_is_ended(tmp_path: Path) -> None:
     grader = subprocess.Popen([sys.executable, "-P", "-c", code, str(tmp_path)], env=environment)
     try:
         wait_until(lambda: runners_of(grader.pid))
+        time.sleep(2)  # until it is in the loop
         pids = runners_of(grader.pid)
     finally:
         grader.kill()
         grader.wait()
-    wait_until(lambda: not any(Path("/proc", str(pid), "cmdline").exists() for pid in pids))
+    assert pids
+    wait_until(lambda: not any(Path("/proc", str(pid)).exists() for pid in pids))
 
 
 def runners_of(pid: int) -> list[int]:
-    rows = started_by(pid)
-    return [row.pid for row in rows if row.pid != pid] if len(rows) > 1 else []
+    """The processes below one that are runners."""
+    return [row.pid for row in started_by(pid)
+            if b"-m\0tinytorch.learn.runner" in Path("/proc", str(row.pid), "cmdline").read_bytes()]  # fmt: skip
 
 
 def wait_until(condition: Callable[[], object], seconds: float = 30) -> None:
@@ -382,7 +395,7 @@ def known(monkeypatch) -> Callable[..., None]:
 def a_grade(name: str, *statuses: str, **more) -> Grade:
     results = [Result(each, status, test="test_x", message="assert 1 == 2\nwith 1, 2") if status == FAILED else
                Result(each, status) for each, status in zip(NAMES, statuses, strict=False)]  # fmt: skip
-    return Grade(name, FILE, Report(NUMBER, results, Result("rest", PASSED), Result("checkpoint", NOT_WRITTEN)), **more)
+    return Grade(name, FILE, Report(NUMBER, results, Result("rest", PASSED), Result("checkpoint", NOT_RUN)), **more)
 
 
 def test_submissions_are_found(tmp_path: Path) -> None:

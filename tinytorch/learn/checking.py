@@ -34,10 +34,11 @@ from tinytorch.learn.workspace import Workspace
 
 __all__ = ["Limits", "Report", "Result", "check", "check_command", "check_text"]
 
-PASSED, FAILED, NOT_WRITTEN, ABSENT = "passed", "failed", "not written", "absent"
+PASSED, FAILED, NOT_WRITTEN, NOT_RUN, ABSENT = "passed", "failed", "not written", "not run", "absent"
 REST, LATER = "the rest of the chapter", "it is run when all exercises are passed"
 LONGEST = 1_000_000  # characters of a file; the longest chapter has 50,000
 OUTPUT = 20_000  # bytes of what a program prints that are kept, from the end
+COMMAND = [sys.executable, "-P", "-m", "tinytorch.learn.runner"]
 MARK = "TINYTORCH_JOB"  # the variable that the processes of a run are known by
 ROUND = 0.1  # seconds between two looks at the processes of a job
 WITH_KERNELS = 16  # the module whose subject kernels are
@@ -75,7 +76,8 @@ class Result:
     """What came of an exercise, of the rest of a chapter, or of its checkpoint.
 
     Attributes:
-        status: "passed", "failed" or "not written"; "absent" for a checkpoint that could not be run.
+        status: "passed", "failed", or, of an exercise, "not written"; the rest and the checkpoint may be "not run" yet,
+            and the checkpoint "absent" where there is none.
         test: the first test that failed.
         message: why it failed; of an assertion, its text and the values that it compared.
         assertion: the line of the test.
@@ -145,7 +147,7 @@ def check(
     text = workspace.text(number)
     others = {each: workspace.text(each) for each in workspace.numbers() if own and each != number}
     report = check_text(text, number, others=others, limits=limits, watch=watch)
-    checkpoint = None if report.checkpoint.status == ABSENT else report.checkpoint.status
+    checkpoint = report.checkpoint.status if report.checkpoint.status in (PASSED, FAILED) else None
     workspace.record(number, {e.name: e.status for e in report.exercises}, text=text, checkpoint=checkpoint)
     return report
 
@@ -190,15 +192,15 @@ def check_text(
             else:
                 results.append(summary(exercise.name, exercise.tests, found, missing))
         rest = summary(REST, [test for test in every if test not in theirs], found, missing)
-        checkpoint = Result("checkpoint", NOT_WRITTEN, message=LATER)
+        checkpoint = Result("checkpoint", NOT_RUN, message=LATER)
         if all(result.status == PASSED for result in (*results, rest)):
             checkpoint = job.run_checkpoint()
     return Report(number, results, rest, checkpoint, job.output)
 
 
 def nothing_ran(number: int, results: list[Result]) -> Report:
-    rest = Result(REST, NOT_WRITTEN, message="it is run when an exercise is written")
-    return Report(number, results, rest, Result("checkpoint", NOT_WRITTEN, message=LATER))
+    rest = Result(REST, NOT_RUN, message="it is run when an exercise is written")
+    return Report(number, results, rest, Result("checkpoint", NOT_RUN, message=LATER))
 
 
 def summary(name: str, tests: Iterable[str], found: Mapping[str, Outcome], missing: set[str]) -> Result:
@@ -309,7 +311,7 @@ class Job:
         module = module_of(self.number)
         path = CHAPTERS.parent / "tests" / "checkpoints" / f"test_{module.number:02}_{module.name}.py"
         if not path.is_file():
-            return Result("checkpoint", ABSENT, message="this installation has no checkpoints; a checkout has")
+            return Result("checkpoint", ABSENT, message="only a checkout has checkpoints")
         if importlib.util.find_spec("pytest") is None:
             return Result("checkpoint", ABSENT, message="it needs pytest: pip install pytest")
         run = self.start({"tests": [], "checkpoint": str(path)})
@@ -343,8 +345,7 @@ class Job:
             if limits.user is not None:
                 more |= {"user": limits.user, "group": limits.user, "extra_groups": []}
         process = subprocess.Popen(
-            [sys.executable, "-P", "-m", "tinytorch.learn.runner"],
-            cwd=self.folder, env=self.environment() | {MARK: mark},
+            COMMAND, cwd=self.folder, env=self.environment() | {MARK: mark},
             stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE, **more)  # fmt: skip
         run = Run(process, secret, mark, limits)
         try:
@@ -604,25 +605,29 @@ def stop(message: str) -> NoReturn:
 def lines_of(report: Report, file: str, width: int = 80) -> list[str]:
     """A report as text: a line for each exercise, and below them why those that failed did."""
     rows = [*report.exercises, report.rest, report.checkpoint]
-    names = max(len(row.name) for row in report.exercises)
+    names = max(len(row.name) for row in rows)
     lines = []
     for row in rows:
         status, note = row.status, row.test or row.message
         if row.waits_for:
             status, note = "waiting", f"for {row.waits_for}, which is not written"
-        elif status == NOT_WRITTEN and row in report.exercises:
+        elif status == NOT_WRITTEN:
             note = f"tinytorch learn hint {report.number:02} {row.name}"
         lines.append(shortened(f"{status:<11}  {row.name:<{names}}  {note}", width))
+    reasons: dict[tuple[str, str], list[Result]] = {}  # a test that several exercises share is told once
     for row in rows:
         if row.status == FAILED and not row.waits_for:
-            lines += ["", *reason(row, report.number, file, width, row in report.exercises)]
-    lines += ["", f"{report.passed} of {len(report.exercises)} exercises are passed"]
-    return lines
+            reasons.setdefault((row.test, row.message), []).append(row)
+    for same in reasons.values():
+        lines += ["", *reason(same[0], ", ".join(row.name for row in same), file, width)]
+        hints = [row.name for row in same if row in report.exercises]
+        lines += [f"  hint: tinytorch learn hint {report.number:02} {name}" for name in hints[:3]]
+    return [*lines, "", f"{report.passed} of {len(report.exercises)} exercises are passed"]
 
 
-def reason(row: Result, number: int, file: str, width: int, hint: bool) -> list[str]:
-    """Why a test failed, where, and what to read."""
-    lines = [f"{row.name}: {row.test}" if row.test else row.name]
+def reason(row: Result, names: str, file: str, width: int) -> list[str]:
+    """Why a test failed, and where."""
+    lines = textwrap.wrap(f"{names}: {row.test}" if row.test else names, width)
     told = row.message.splitlines() or ["it failed without a message"]
     if row.assertion and not row.assertion.startswith("assert "):
         told = [row.assertion, *told]
@@ -632,9 +637,7 @@ def reason(row: Result, number: int, file: str, width: int, hint: bool) -> list[
         notebook = file.endswith(".ipynb") and Path(file).stem == Path(row.file).stem  # whose lines have no numbers
         place = Path(file).name if notebook else f"{row.file}, line {row.line}"
         lines.append(shortened(f"  {place}: {row.code}", width))
-    if hint:
-        lines.append(f"  hint: tinytorch learn hint {number:02} {row.name}")
-    return [line[:width] if " " not in line.strip() else line for line in lines]
+    return lines
 
 
 def shortened(line: str, width: int) -> str:

@@ -285,9 +285,8 @@ def as_table(grades: Sequence[Grade], width: int = 80) -> list[str]:
         left = each.problem or ", ".join(
             f"{e.name}{'' if e.status == FAILED else ' (not written)'}" for e in report.exercises if e.status != PASSED
         )
-        score = f"{report.passed}/{len(report.exercises)}"
+        score, checkpoint = f"{report.passed}/{len(report.exercises)}", report.checkpoint.status
         name = shortened(printable(each.submission), max(names, 10))
-        checkpoint = report.checkpoint.status if report.checkpoint.status != NOT_WRITTEN else "not run"
         lines.append(shortened(f"{name:<{max(names, 10)}}  {report.number:02}      {score:<6}  {checkpoint:<11}  "
                                f"{printable(left)}", width))  # fmt: skip
     for number in sorted({grade.report.number for grade in grades}):
@@ -332,8 +331,7 @@ def as_junit(grades: Sequence[Grade]) -> str:
     for each in grades:
         report, file = each.report, module_of(each.report.number).file
         results = [*report.exercises, report.checkpoint]
-        bad = sum(result.status == FAILED or (result.status != PASSED and result in report.exercises)
-                  for result in results)  # fmt: skip
+        bad = sum(result.status in (FAILED, NOT_WRITTEN) for result in results)
         name = printable(each.submission)
         suite = ElementTree.SubElement(root, "testsuite", name=f"{name} {file}", tests=str(len(results)),
                                        failures=str(bad), errors="0")  # fmt: skip
@@ -341,7 +339,7 @@ def as_junit(grades: Sequence[Grade]) -> str:
             case = ElementTree.SubElement(suite, "testcase", classname=f"{name}.{file}", name=result.name,
                                           time=f"{result.seconds:.3f}")  # fmt: skip
             text = printable(result.message) or result.status
-            if result.status == FAILED or (result.status == NOT_WRITTEN and result in report.exercises):
+            if result.status in (FAILED, NOT_WRITTEN):
                 failure = ElementTree.SubElement(case, "failure", message=text.splitlines()[0], type=result.status)
                 failure.text = "\n".join(filter(None, (result.test, printable(result.assertion), text)))
             elif result.status != PASSED:
