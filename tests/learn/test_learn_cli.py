@@ -101,6 +101,7 @@ def test_start_says_what_to_do_next(label: str, folder: Path, capsys: pytest.Cap
     text = printed(capsys, "start", label)
     assert " ".join(text.split()).startswith(f"This folder is your workspace now: {folder}")
     assert "Module 02 is m02_tensor.py: 2 exercises, the first is double." in text
+    assert max(map(len, text.replace(str(folder), "").splitlines())) <= 80
     assert "\n  tinytorch learn check 02\n  tinytorch learn hint 02 double\n" in text
     assert (folder / "m02_tensor.py").is_file()
 
@@ -176,6 +177,9 @@ def solve(xp, x: Array, *rest, rate=0.5) -> Array:
     match size:
         case 1:
             return lambda z: z * size
+    class Held(Base[int]):
+        pass
+    count = Tensor.count
     return
 '''
 
@@ -188,7 +192,8 @@ def test_the_second_hint_names_what_a_solution_uses() -> None:
     assert learn.ingredients(exercise(SOLUTION)) == (
         "It calls: xp.sum, Tensor.count, ….item, ….mean, xp.sqrt, seeded, open, done,\n"
         "  inner, TypeError, solve\n"
-        "It reads: x.shape, EPSILON, path, ValueError, KeyError, ….most, LIMITS\n"
+        "It reads: x.shape, EPSILON, path, ValueError, KeyError, ….most, LIMITS, Base,\n"
+        "  int\n"
         "Its tests: test_solve"
     )
 
@@ -222,6 +227,9 @@ def solve(xp, x: Array, *rest, rate=0.5) -> Array:
     match …:
         case 1:
             return …
+    class Held(Base[int]):
+        pass
+    count = …
     return'''
     )
 
@@ -263,6 +271,22 @@ def test_diff_shows_the_exercises_that_differ(folder: Path, capsys: pytest.Captu
     path = folder / "m02_tensor.py"
     path.write_text(path.read_text(encoding="utf-8").replace("2 * x", "x + x"), encoding="utf-8")
     assert printed(capsys, "diff", "02") == "as the reference has it: 1 exercise\nnot written yet: Box.get\n"
+
+
+def test_diff_knows_decorators_and_what_is_gone(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    printed(capsys, "start", "02")
+    write(folder, "double", "    return x + x")
+    write(folder, "Box.get", "        return self.thing")
+    path = folder / "m02_tensor.py"
+    text = (
+        path.read_text(encoding="utf-8")
+        .replace("def double(", "def twice(")
+        .replace("    def get", "    @mine\n    def get")
+    )
+    path.write_text(text, encoding="utf-8")
+    text = printed(capsys, "diff", "02")
+    assert "+def double(x):\n" in text
+    assert "-    @mine\n" in text
 
 
 @pytest.mark.parametrize("notebook", [[], ["--notebook"]])
@@ -361,6 +385,14 @@ def test_status_is_coloured_on_a_terminal(folder: Path, root: Path) -> None:
     os.close(slave)
     assert b"\x1b[32mready\x1b[0m" in os.read(master, 100_000)
     os.close(master)
+
+
+def test_signs_that_an_encoding_lacks_are_replaced(folder: Path, root: Path) -> None:
+    Workspace.create(folder)
+    environment = os.environ | {"TINYTORCH_WORKSPACE": str(folder), "PYTHONIOENCODING": "ascii"}
+    command = [sys.executable, "-m", "tinytorch", "learn", "which"]
+    done = subprocess.run(command, cwd=root, env=environment, capture_output=True, check=True)
+    assert b"my w?rk" in done.stdout.replace(b"\n  ", b" ")
 
 
 def test_which_says_whose_code_runs(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -67,7 +67,7 @@ def start(
     if existing is None:
         print_wrapped(f"This folder is your workspace now: {workspace.root}")
     print(f"Module {found.number:02} is {path.name}: {counted(len(known), 'exercise')}, the first is {known[0].name}.")
-    print("Write it where the file says `raise NotImplementedError`, then see what its tests say:")
+    print("Write it in the place of `raise NotImplementedError`, then see what tests say:")
     print(f"  tinytorch learn check {found.number:02}")
     print(f"  tinytorch learn hint {found.number:02} {known[0].name}")
 
