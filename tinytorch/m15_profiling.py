@@ -133,7 +133,7 @@ def core_count() -> int:
 
 
 def test_the_limits_are_measured() -> None:
-    machine = measure_machine(1 << 20, 1 << 12)
+    machine = measure_machine(1 << 20, 1 << 16)
     assert machine.peak[0] > 1e9
     assert machine.peak[1] > 0.5 * machine.peak[0]
     xp = get_backend("cpu")

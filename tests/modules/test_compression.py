@@ -105,7 +105,7 @@ def test_a_masked_layer_is_copied_moved_and_computes_in_half_precision() -> None
     overwrite(net[0].weight_mask, 0)
     assert twin[0].weight.abs().sum().item() > 0
     assert twin.to(float64)(x.to(float64)).dtype == float64
-    trainer = Trainer(twin.to("float32"), SGD(twin.parameters(), lr=0.1), cross_entropy, precision="mixed",
+    trainer = Trainer(twin.to("float32"), SGD(twin.parameters(), lr=0.1), cross_entropy, precision="float16",
                       scaler=GradScaler(init_scale=8.0))  # fmt: skip
     row = trainer.fit([(x, randint(2, (4,)))], 1)[0]
     assert math.isfinite(row["loss"])
