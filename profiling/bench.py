@@ -400,16 +400,17 @@ def integer_product(library: Any) -> Callable[[], Any]:
 
 SLOWEST = 1 / 0.7  # on a GPU, beside PyTorch
 ON_A_GPU = tuple(
-    Case(f"{name}, {'TF32' if precision == 'high' else 'float32'}", build, device="cuda", precision=precision, **facts)
+    Case(f"{name}, {'TF32' if precision == 'high' else 'float32'}", build, calls, ratio=SLOWEST, device="cuda",
+         precision=precision)
     for precision in ("highest", "high")
-    for name, build, facts in (
-        ("SimpleCNN step, batch 256", picture_step(simple_cnn, 256), {"ratio": SLOWEST}),
-        ("ResNet-9 step, batch 512", picture_step(resnet_9, 512), {"ratio": SLOWEST}),
-        ("GPT step, 6 layers, 384 wide, T 256, batch 64", gpt_step(6, 6, 384, 256, 64), {"ratio": SLOWEST}),
-        ("GPT writing, 4 layers, 128 wide, a token, batch 1", gpt_writing(1), {"ratio": SLOWEST, "calls": WRITTEN}),
-        ("GPT writing, 4 layers, 128 wide, a token, batch 64", gpt_writing(64), {"ratio": SLOWEST, "calls": WRITTEN}),
+    for name, build, calls in (
+        ("SimpleCNN step, batch 256", picture_step(simple_cnn, 256), 1),
+        ("ResNet-9 step, batch 512", picture_step(resnet_9, 512), 1),
+        ("GPT step, 6 layers, 384 wide, T 256, batch 64", gpt_step(6, 6, 384, 256, 64), 1),
+        ("GPT writing, 4 layers, 128 wide, a token, batch 1", gpt_writing(1), WRITTEN),
+        ("GPT writing, 4 layers, 128 wide, a token, batch 64", gpt_writing(64), WRITTEN),
     )
-)
+)  # fmt: skip
 CASES = (
     Case("x + x, 4 elements", small_op(requires_grad=False), calls=100, seconds=1.5e-6),
     Case("x + x, recorded", small_op(requires_grad=True), calls=100),
@@ -567,7 +568,8 @@ def main(argv: list[str] | None = None) -> int:
     if not options.budget > 0:
         parser.error(f"--budget: expected more than 0 seconds, got {options.budget}")
     if options.measure:
-        print(measure_here(*options.measure, options.budget))
+        library, case = options.measure
+        print(measure_here(library, case, options.budget))
         return 0
     of_device = [case for case in CASES if case.device == options.device]
     measurable = [case for case in of_device if not case.memory or os.path.exists(CLEAR_REFS)]

@@ -236,7 +236,7 @@ class Op:
 
     def _error(self, error: Exception, arrays: list) -> Exception:
         """The array library's complaint, with the operation's name and its inputs' dtypes and shapes."""
-        if isinstance(error, NotImplementedError) or str(error).startswith(f"{self.name}:"):
+        if str(error).startswith((f"{self.name}:", "exercise ")):  # what is not written yet says so itself
             return error
         given = ", ".join(f"{x.dtype} {tuple(x.shape)}" if hasattr(x, "shape") else repr(x) for x in arrays)
         kind = next((k for k in (IndexError, TypeError) if isinstance(error, k)), ValueError)

@@ -423,15 +423,15 @@ def normalize(xp: Any, x: Any, weight: Any = None, bias: Any = None, *, dims: An
     if not x.size:
         return out, *(xp.full(statistics, math.nan, dtype="float32") for _ in range(2))
     mean, variance = (xp.empty(statistics, dtype="float32") for _ in range(2))
-    x, eps = row_by_row(x).reshape(shape), np.float32(eps)
+    x, single = row_by_row(x).reshape(shape), np.float32(eps)
     results = out.reshape(shape), mean.reshape(-1), variance.reshape(-1)
     if rows:
-        run(normalize_rows, *dealt(*shape), x, flat(weight), flat(bias), eps, *results)
+        run(normalize_rows, *dealt(*shape), x, flat(weight), flat(bias), single, *results)
     else:
         grid, threads, cuts = cut_up(*shape)
         found = xp.empty((3, *grid), dtype="float32")
         run(survey_planes, grid, threads, x, cuts, found)
-        run(normalize_planes, grid, threads, x, flat(weight), flat(bias), eps, cuts, found, *results)
+        run(normalize_planes, grid, threads, x, flat(weight), flat(bias), single, cuts, found, *results)
     return out, mean, variance
 
 
@@ -440,14 +440,14 @@ def normalize_gradients(
 ) -> tuple[Any, ...]:
     """The gradients of `normalize` carried to x and, with a shape, to weight and bias, which have that shape."""
     rows, seen, _ = arranged(x.shape, tuple(dims), None if weight is None else weight.shape)
-    out, eps = xp.empty(x.shape, dtype="float32"), np.float32(eps)
+    out, single = xp.empty(x.shape, dtype="float32"), np.float32(eps)
     g, x = row_by_row(g).reshape(seen), row_by_row(x).reshape(seen)
     weight, mean, variance = flat(weight), flat(mean), flat(variance)
     if not x.size:
         sums = xp.zeros((2, seen[1]), dtype="float32")
     elif rows:
         rests, scales = (xp.empty(seen[0], dtype="float32") for _ in range(2))
-        run(rows_backward, *dealt(*seen), g, x, weight, mean, variance, eps, out.reshape(seen), rests, scales)
+        run(rows_backward, *dealt(*seen), g, x, weight, mean, variance, single, out.reshape(seen), rests, scales)
         if shape is not None:
             grid, threads = in_chunks(*seen)
             parts = xp.empty((grid[1], 2, seen[1]), dtype="float32")
@@ -459,7 +459,7 @@ def normalize_gradients(
         grid, threads, cuts = cut_up(*seen)
         found = xp.empty((3, *grid), dtype="float32")
         run(survey_slopes, grid, threads, g, x, mean, cuts, found)
-        run(planes_backward, grid, threads, g, x, weight, mean, variance, eps, cuts, found, out.reshape(seen), sums)
+        run(planes_backward, grid, threads, g, x, weight, mean, variance, single, cuts, found, out.reshape(seen), sums)
     return (out,) if shape is None else (out, sums[0].reshape(shape), sums[1].reshape(shape))
 
 

@@ -143,7 +143,7 @@ class Places:
         taken = sorted((x, x + 4 * size) for column in starts for x, size in zip(column, sizes, strict=True))
         self.apart = all(end <= start for (_, end), (start, _) in pairwise(taken))
 
-    def update(self, kernel: Any, numbers: Iterable[tuple[float, ...]], *options: float) -> None:
+    def update(self, kernel: Any, numbers: Iterable[tuple[float, ...]], *options: Any) -> None:
         """Launch a kernel once for all neighbouring parameters with the same numbers of their own: usually once.
 
         Numbers go with the launch, so that nothing is copied to the device for them.
