@@ -275,6 +275,28 @@ PAIRS_TEXT = "float32, 3×3, stride 1, padding 1 across, an even width, from 16 
 DEPTHWISE_TEXT = "float32, a group for each channel"
 NORMS_TEXT = "float32, over the last axes or over all but the second"
 
+_when: Callable[..., bool]
+
+# The same on both: a file and a function of that name in each folder.
+for _operation, _place, _when, _why in (
+    (softmax, "softmax:softmax", of_last_axis(1), "float32, over the last axis"),
+    (log_softmax, "softmax:log_softmax", of_last_axis(1), "float32, over the last axis"),
+    (softmax_cross_entropy, "softmax:softmax_cross_entropy", classifies, FLOATS),
+    (softmax_minus_one_hot, "softmax:softmax_minus_one_hot", classifies_back, FLOATS),
+    (normalize, "normalization:normalize", normalizes, NORMS_TEXT),
+    (normalize_gradients, "normalization:normalize_gradients", normalizes_back, NORMS_TEXT),
+    (total_of, "normalization:sum_over_all_but_channels", sums_channels, "float32, axes 0, 2 and 3, from 8,192"),
+    (total_of, "normalization:sum_over_leading", sums_rows, "float32, over the first axes, from 8,192"),
+    (gather_from_maxima, "pooling:gather_from_maxima", gathers, "float32 or int64 values, float32 pictures"),
+    (attention, "attention:attention", attends, "float32, a mask of booleans or of float32"),
+    (attention_gradients, "attention:attention_gradients", attends_back, "float32, no gradient for the mask"),
+    (cached_attention, "attention:cached_attention", attends_cached, FLOATS),
+    (rotate, "rotary:rotate", turns, FLOATS),
+    (embedding_weight_gradient, "embedding:embedding_weight_gradient", scatters, "float32, from 1,024 elements"),
+):  # fmt: skip
+    for _backend, _folder in FOLDERS.items():
+        attach(_operation, _backend, f"{_folder}.{_place}", _when, _why)
+
 for _operation, _place, _when, _why in (
     (matmul, "matmul:matmul", multiplies, "float32, one right matrix, where BLAS would use threads"),
     (linear, "matmul:linear", multiplies_linear, "float32, where BLAS would use threads, or of a few rows"),
@@ -289,14 +311,6 @@ for _operation, _place, _when, _why in (
     (relu_gradient, "elementwise:relu_gradient", from_size(16), FLOATS),
     (gelu_and_cdf, "elementwise:gelu_and_cdf", from_size(16), FLOATS),
     (gelu_gradient, "elementwise:gelu_gradient", from_size(16), FLOATS),
-    (softmax, "softmax:softmax", of_last_axis(1), "float32, over the last axis"),
-    (log_softmax, "softmax:log_softmax", of_last_axis(1), "float32, over the last axis"),
-    (softmax_cross_entropy, "softmax:softmax_cross_entropy", classifies, FLOATS),
-    (softmax_minus_one_hot, "softmax:softmax_minus_one_hot", classifies_back, FLOATS),
-    (normalize, "normalization:normalize", normalizes, NORMS_TEXT),
-    (normalize_gradients, "normalization:normalize_gradients", normalizes_back, NORMS_TEXT),
-    (total_of, "normalization:sum_over_all_but_channels", sums_channels, "float32, axes 0, 2 and 3, from 8,192"),
-    (total_of, "normalization:sum_over_leading", sums_rows, "float32, over the first axes, from 8,192"),
     (convolution, "convolution:convolution", convolves, PLACES_TEXT),
     (convolution_relu, "convolution:convolution_relu", convolves, PLACES_TEXT),
     (convolution_input_gradient, "convolution:convolution_input_gradient", carries_back,
@@ -311,14 +325,8 @@ for _operation, _place, _when, _why in (
     (convolution_weight_gradient, "depthwise:depthwise_weight_gradient", weighs_depthwise, DEPTHWISE_TEXT),
     (max_pool, "pooling:max_pool", from_size(1), FLOATS),
     (scatter_to_maxima, "pooling:scatter_to_maxima", from_size(1), FLOATS),
-    (gather_from_maxima, "pooling:gather_from_maxima", gathers, "float32 or int64 values, float32 pictures"),
     (avg_pool, "pooling:avg_pool", from_size(1), FLOATS),
     (avg_pool_gradient, "pooling:avg_pool_gradient", from_size(1), FLOATS),
-    (attention, "attention:attention", attends, "float32, a mask of booleans or of float32"),
-    (attention_gradients, "attention:attention_gradients", attends_back, "float32, no gradient for the mask"),
-    (cached_attention, "attention:cached_attention", attends_cached, FLOATS),
-    (rotate, "rotary:rotate", turns, FLOATS),
-    (embedding_weight_gradient, "embedding:embedding_weight_gradient", scatters, "float32, from 1,024 elements"),
 ):  # fmt: skip
     attach(_operation, "numpy", f"{CPU}.{_place}", _when, _why)
 
@@ -330,28 +338,14 @@ for _operation, _place, _when, _why in (
     (relu_gradient, "elementwise:relu_gradient", of_floats, FLOATS),
     (gelu_and_cdf, "elementwise:gelu_and_cdf", of_floats, FLOATS),
     (gelu_gradient, "elementwise:gelu_gradient", of_floats, FLOATS),
-    (softmax, "softmax:softmax", of_last_axis(1), "float32, over the last axis"),
-    (log_softmax, "softmax:log_softmax", of_last_axis(1), "float32, over the last axis"),
-    (softmax_cross_entropy, "softmax:softmax_cross_entropy", classifies, FLOATS),
-    (softmax_minus_one_hot, "softmax:softmax_minus_one_hot", classifies_back, FLOATS),
-    (normalize, "normalization:normalize", normalizes, NORMS_TEXT),
-    (normalize_gradients, "normalization:normalize_gradients", normalizes_back, NORMS_TEXT),
-    (total_of, "normalization:sum_over_all_but_channels", sums_channels, "float32, axes 0, 2 and 3, from 8,192"),
-    (total_of, "normalization:sum_over_leading", sums_rows, "float32, over the first axes, from 8,192"),
     (convolution, "convolution:convolution", of_floats, FLOATS),
     (convolution_relu, "convolution:convolution_relu", of_floats, FLOATS),
     (convolution_input_gradient, "convolution:convolution_input_gradient", of_floats, FLOATS),
     (convolution_weight_gradient, "convolution:convolution_weight_gradient", of_floats, FLOATS),
     (max_pool, "pooling:max_pool", of_floats, FLOATS),
     (scatter_to_maxima, "pooling:scatter_to_maxima", of_floats, FLOATS),
-    (gather_from_maxima, "pooling:gather_from_maxima", gathers, "float32 or int64 values, float32 pictures"),
     (avg_pool, "pooling:avg_pool", of_floats, FLOATS),
     (avg_pool_gradient, "pooling:avg_pool_gradient", of_floats, FLOATS),
-    (attention, "attention:attention", attends, "float32, a mask of booleans or of float32"),
-    (attention_gradients, "attention:attention_gradients", attends_back, "float32, no gradient for the mask"),
-    (cached_attention, "attention:cached_attention", attends_cached, FLOATS),
-    (rotate, "rotary:rotate", turns, FLOATS),
-    (embedding_weight_gradient, "embedding:embedding_weight_gradient", scatters, "float32, from 1,024 elements"),
 ):  # fmt: skip
     attach(_operation, "cupy", f"{CUDA}.{_place}", _when, _why)
 

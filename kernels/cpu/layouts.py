@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import math
 from functools import lru_cache
 
-__all__ = ["layout"]
+__all__ = ["arranged", "layout"]
 
 
 @lru_cache(maxsize=256)  # asked at each call of a norm, of which a network has few kinds
@@ -17,3 +18,18 @@ def layout(shape: tuple[int, ...], dims: tuple[int, ...], weight_shape: tuple[in
         return "rows"
     channel = (shape[1], *(1,) * (len(axes) - 1)) if len(shape) > 2 else ()
     return "planes" if channel and axes == [0, *range(2, len(shape))] and weight_shape in (None, channel) else ""
+
+
+@lru_cache(maxsize=256)
+def arranged(shape: tuple, dims: tuple, weight_shape: tuple | None) -> tuple[bool, tuple, tuple]:
+    """Whether x, of this shape, is rows; the shape that kernels know it by, of which the last axis but the planes' has
+    the weights; and the shape of mean and variance."""
+    kind = layout(shape, dims, weight_shape)
+    if not kind:
+        raise ValueError(f"normalize: no kernel for {shape} over {dims} with a weight of shape {weight_shape}")
+    axes = {d % len(shape) for d in dims}
+    statistics = tuple(1 if d in axes else n for d, n in enumerate(shape))
+    if kind == "rows":
+        kept = len(shape) - len(axes)
+        return True, (math.prod(shape[:kept]), math.prod(shape[kept:])), statistics
+    return False, (*shape[:2], math.prod(shape[2:])), statistics

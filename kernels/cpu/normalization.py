@@ -11,14 +11,13 @@ the standard deviation, a float32 has no room for the mean's last digits, but it
 from __future__ import annotations
 
 import math
-from functools import lru_cache
 from typing import Any
 
 import numpy as np
 from numba import prange
 
 from tinytorch.kernels.cpu.jit import kernel, plain, run
-from tinytorch.kernels.cpu.layouts import layout
+from tinytorch.kernels.cpu.layouts import arranged
 from tinytorch.kernels.cpu.lines import load_some, store_some
 from tinytorch.kernels.cpu.vectors import LANES, address, blank, broadcast, fma, keep, load, store, total
 
@@ -266,26 +265,11 @@ def add_rows_parallel(x, out, start, stop):
 # -- entry points ------------------------------------------------------------------------------------------------------
 
 
-@lru_cache(maxsize=256)
-def _arranged(shape: tuple, dims: tuple, weight_shape: tuple | None) -> tuple[bool, tuple, tuple]:
-    """Whether x, of this shape, is rows; the shape that kernels know it by, of which the last axis but the planes' has
-    the weights; and the shape of mean and variance."""
-    kind = layout(shape, dims, weight_shape)
-    if not kind:
-        raise ValueError(f"normalize: no kernel for {shape} over {dims} with a weight of shape {weight_shape}")
-    axes = {d % len(shape) for d in dims}
-    statistics = tuple(1 if d in axes else n for d, n in enumerate(shape))
-    if kind == "rows":
-        kept = len(shape) - len(axes)
-        return True, (math.prod(shape[:kept]), math.prod(shape[kept:])), statistics
-    return False, (*shape[:2], math.prod(shape[2:])), statistics
-
-
 def normalize(
     xp: Any, x: np.ndarray, weight: np.ndarray | None = None, bias: np.ndarray | None = None, *, dims: Any, eps: float
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """weight (x - mean) / sqrt(variance + eps) + bias, the mean, the variance; over axes that `layout` knows."""
-    rows, shape, statistics = _arranged(x.shape, tuple(dims), None if weight is None else weight.shape)
+    rows, shape, statistics = arranged(x.shape, tuple(dims), None if weight is None else weight.shape)
     out = np.empty(x.shape, np.float32)
     if not x.size:
         return out, np.full(statistics, np.nan, np.float32), np.full(statistics, np.nan, np.float32)
@@ -303,7 +287,7 @@ def normalize_gradients(
     dims: Any, eps: float, shape: tuple | None,
 ) -> tuple[np.ndarray, ...]:  # fmt: skip
     """The gradients of `normalize` carried to x and, with a shape, to weight and bias, which have that shape."""
-    rows, seen, _ = _arranged(x.shape, tuple(dims), None if weight is None else weight.shape)
+    rows, seen, _ = arranged(x.shape, tuple(dims), None if weight is None else weight.shape)
     out = np.empty(x.shape, np.float32)
     scale = np.ones(seen[1], np.float32) if weight is None else plain(weight).reshape(-1)
     arrays = plain(g).reshape(seen), plain(x).reshape(seen), scale, plain(mean).reshape(-1), plain(variance).reshape(-1)

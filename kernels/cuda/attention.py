@@ -18,7 +18,7 @@ from typing import Any
 import numpy as np
 from numba import cuda, float32, uint32
 
-from tinytorch.kernels.cuda.jit import SIMULATED, THREADS, blocks_for, helper, kernel, row_by_row, run
+from tinytorch.kernels.cuda.jit import SIMULATED, THREADS, blocks_for, helper, kernel, readable, row_by_row, run
 
 __all__ = ["attention", "attention_gradients", "cached_attention"]
 
@@ -448,14 +448,6 @@ def join_spans(found, lengths, out, capacity):
 
 
 # -- entry points ------------------------------------------------------------------------------------------------------
-
-
-def readable(x: Any) -> Any:
-    """The array as it lies, with steps of any size: heads are views of what one linear layer made.
-
-    NumPy's are copied to the device in any case, which Numba does only for those that lie row by row.
-    """
-    return row_by_row(x) if isinstance(x, np.ndarray) else x
 
 
 def spread(xp: Any, x: Any, lead: tuple) -> Any:

@@ -44,6 +44,7 @@ __all__ = [
     "helper",
     "instead_of_launches",
     "kernel",
+    "readable",
     "row_by_row",
     "run",
 ]
@@ -111,6 +112,14 @@ def row_by_row(array: Any) -> Any:
     """The array itself if it lies row by row, as kernels are compiled for; else a copy."""
     writeable = getattr(array.flags, "writeable", True)  # NumPy's are copied back, too; CuPy's always are writeable
     return array if array.flags.c_contiguous and writeable else array.copy()
+
+
+def readable(x: Any) -> Any:
+    """The array as it lies, with steps of any size: heads are views of what one linear layer made.
+
+    NumPy's are copied to the device in any case, which Numba does only for those that lie row by row.
+    """
+    return row_by_row(x) if isinstance(x, np.ndarray) else x
 
 
 def count_up(out):

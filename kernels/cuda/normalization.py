@@ -19,11 +19,11 @@ from typing import Any
 import numpy as np
 from numba import cuda, float32, uint64
 
-from tinytorch.kernels.cpu.layouts import layout
+from tinytorch.kernels.cpu.layouts import arranged
 from tinytorch.kernels.cuda.jit import THREADS, blocks_for, helper, kernel, row_by_row, run
 from tinytorch.kernels.cuda.softmax import TAKEN, dealt
 
-__all__ = ["layout", "normalize", "normalize_gradients", "sum_over_all_but_channels", "sum_over_leading"]
+__all__ = ["normalize", "normalize_gradients", "sum_over_all_but_channels", "sum_over_leading"]
 
 WIDE = THREADS // 8  # threads of a block that lie along a row: 32 of 256, one warp, fetch 128 bytes side by side
 FEWEST = 8  # numbers that a thread should have, before there are more blocks
@@ -363,20 +363,6 @@ def add_planes(x, cuts, out):
 
 
 # -- entry points ------------------------------------------------------------------------------------------------------
-
-
-@lru_cache(maxsize=256)
-def arranged(shape: tuple, dims: tuple, weight_shape: tuple | None) -> tuple[bool, tuple, tuple]:
-    """Whether x, of this shape, is rows; the shape that kernels know it by; and that of mean and variance."""
-    kind = layout(shape, dims, weight_shape)
-    if not kind:
-        raise ValueError(f"normalize: no kernel for {shape} over {dims} with a weight of shape {weight_shape}")
-    axes = {d % len(shape) for d in dims}
-    statistics = tuple(1 if d in axes else n for d, n in enumerate(shape))
-    if kind == "rows":
-        kept = len(shape) - len(axes)
-        return True, (math.prod(shape[:kept]), math.prod(shape[kept:])), statistics
-    return False, (*shape[:2], math.prod(shape[2:])), statistics
 
 
 @lru_cache(maxsize=256)

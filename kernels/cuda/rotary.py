@@ -8,8 +8,7 @@ from typing import Any
 import numpy as np
 from numba import cuda, uint32
 
-from tinytorch.kernels.cuda.attention import readable
-from tinytorch.kernels.cuda.jit import THREADS, blocks_for, kernel, run
+from tinytorch.kernels.cuda.jit import THREADS, blocks_for, kernel, readable, run
 
 __all__ = ["rotate"]
 

@@ -15,6 +15,7 @@ from tests.kernels.guarded import guarded, guarded_empty
 from tests.kernels.pictures import LAYOUTS, XP, laid_out, near
 from tests.kernels.place import SIMULATED, WHERE, cpu_only, drawn, kernels
 from tinytorch import m09_spatial as m09
+from tinytorch.kernels.cpu.layouts import layout
 from tinytorch.kernels.cpu.vectors import LANES
 
 normalization = kernels("normalization")
@@ -199,7 +200,7 @@ def test_nan_and_infinity_stay_in_their_column() -> None:
 
 
 def test_layout() -> None:
-    known = normalization.layout
+    known = layout
     assert known((4, 8), (1,), (8,)) == known((4, 8), (-1,), None) == known((2, 3, 4), (1, 2), (3, 4)) == "rows"
     assert known((4, 8, 5), (0, 2), (8, 1)) == known((4, 8, 5, 5), (0, -2, -1), None) == "planes"
     assert known((4, 8), (0,), (8,)) == ""  # a channel's numbers do not lie together

@@ -24,13 +24,14 @@ from collections.abc import Callable, Iterable, Mapping
 from contextlib import suppress
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import IO, Annotated, Any, NoReturn
+from typing import IO, Annotated, Any
 
 import typer
 
 from tinytorch.curriculum import find_module
 from tinytorch.learn.exercises import CHAPTERS, Definition, exercises, module_of, reference
 from tinytorch.learn.workspace import Workspace
+from tinytorch.terminal import fail
 
 __all__ = ["Limits", "Report", "Result", "check", "check_command", "check_text"]
 
@@ -575,7 +576,7 @@ def check_command(
         with Console(stderr=True, quiet=as_json).status(f"checking module {number:02}") as status:
             report = check(workspace.root, number, own=own, limits=limits, watch=status.update)
     except (OSError, ValueError) as error:
-        stop(str(error))
+        fail(str(error))
     if as_json:
         print(json.dumps(report.as_dict(), indent=2))
     else:
@@ -590,16 +591,10 @@ def found_workspace() -> Workspace:
     try:
         workspace = Workspace.find()
     except ValueError as error:
-        stop(str(error))
+        fail(str(error))
     if workspace is None:
-        stop("this folder is no workspace; make one with: tinytorch learn start 02")
+        fail("this folder is no workspace; make one with: tinytorch learn start 02")
     return workspace
-
-
-def stop(message: str) -> NoReturn:
-    """End a command with one line on standard error and status 2, as `tinytorch.cli.fail` does."""
-    print(f"tinytorch: {' '.join(message.split())}", file=sys.stderr)
-    raise typer.Exit(2)
 
 
 def lines_of(report: Report, file: str, width: int = 80) -> list[str]:

@@ -41,10 +41,10 @@ from tinytorch.learn.checking import (
     ignore,
     nothing_ran,
     shortened,
-    stop,
     table,
 )
 from tinytorch.learn.exercises import exercises, module_of
+from tinytorch.terminal import fail
 
 __all__ = ["Grade", "Submission", "find_submissions", "grade", "grade_command", "protection"]
 
@@ -377,17 +377,17 @@ def grade_command(
     from rich.progress import Progress
 
     if json_ + junit + csv_ > 1:
-        stop("grade prints one of --json, --junit and --csv")
+        fail("grade prints one of --json, --junit and --csv")
     limits = Limits(seconds, total, int(memory * 2**30), processes, files=256, file_size=64 << 20)
     try:
         numbers = [find_module(label).number for label in module or ()]
         submissions = find_submissions(folders, numbers[0] if len(numbers) == 1 else None)
         numbers = numbers or sorted({number for each in submissions for number in each.files})
         if not numbers:
-            stop("no file of a module is in there (such as m02_tensor.py); say which are asked for, with --module")
+            fail("no file of a module is in there (such as m02_tensor.py); say which are asked for, with --module")
         for number in numbers:
             if not exercises(number):
-                stop(f"module {number:02} has no exercises")
+                fail(f"module {number:02} has no exercises")
         from rich.console import Console
 
         with Progress(console=Console(stderr=True), transient=True) as progress:
@@ -395,7 +395,7 @@ def grade_command(
             grades = grade(submissions, numbers, jobs=jobs or max(1, (os.cpu_count() or 1) // 2), limits=limits,
                            watch=lambda _: progress.advance(bar))  # fmt: skip
     except (OSError, ValueError) as error:
-        stop(str(error))
+        fail(str(error))
     told = as_json if json_ else as_junit if junit else as_csv if csv_ else None
     text = (
         told(grades)
