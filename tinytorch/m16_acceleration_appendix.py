@@ -421,16 +421,17 @@ def example(kernel: Kernel, count: int) -> tuple[tuple, dict[str, Any]]:
     weight, scores = randn(channels, channels // groups, 3, 3).data, randn(count, 4, 16, 16).data
     ids, column = zeros(len(rows), dtype="int64").data, randn(len(rows), 1).data
     full = (zeros(count, dtype="int64") + 16).data
-    tall, square = randn(64 + count, 256).data, randn(256, 256).data  # the least that is worth it
+    width = 32 if count % 2 else 256  # products of wide matrices are AMX's, if there is one
+    tall, weight_of_linear = randn(4096 // width + count, 256).data, randn(width, 256).data
     geometry, pooled = {"windows": windows, "groups": groups}, {"windows": halves}
     means = {"counted": ((0, 0), (0, 0)), "divisor": None}
     normal, dims = (rows, (1,)) if count % 2 else (x, (0, 2, 3))
     _, mean, variance = normalize.function(get_backend("cpu"), normal, dims=dims, eps=1e-5)
     attended = attention.function(get_backend("cpu"), scores, scores, scores, is_causal=True)
     examples: dict[str, tuple[tuple, dict[str, Any]]] = {
-        "matmul": ((tall, square), {}),
-        "linear": ((tall, square), {}),
-        "linear_gradients": ((tall, tall, square), {"tracked": (0, 1, 2)}),
+        "matmul": ((tall, randn(256, width).data), {}),
+        "linear": ((tall, weight_of_linear), {}),
+        "linear_gradients": ((randn(len(tall), width).data, tall, weight_of_linear), {"tracked": (0, 1, 2)}),
         "drop": ((rows, rows), {"p": 0.5}),
         **dict.fromkeys(("relu", "exp", "tanh", "erf", "sigmoid", "silu"), ((rows,), {})),
         "relu_gradient": ((rows, rows), {}),

@@ -52,7 +52,7 @@ def in_strips(columns):
     return (columns + STRIP - 1) // STRIP * STRIP
 
 
-@kernel
+@kernel(inner=True)
 def product(x, pitch, rows, depth, weight, line, columns, out, out_pitch):
     """out (rows, columns) = x (rows, depth) times the weight (depth, columns), whose rows are `line` bytes apart.
 
@@ -70,7 +70,7 @@ def product(x, pitch, rows, depth, weight, line, columns, out, out_pitch):
             one_row(a, pitch, one, weight + j, line, depth, c, out_pitch, fresh)
 
 
-@kernel
+@kernel(inner=True)
 def add_to_rows(out, out_pitch, rows, columns, added, added_pitch):
     """Add a row of numbers to each row, or the next one to the next row."""
     apart()
@@ -84,7 +84,7 @@ def add_to_rows(out, out_pitch, rows, columns, added, added_pitch):
             store(target + done, load(target + done) + load_part(source + done, rest))
 
 
-@kernel
+@kernel(inner=True)
 def norm_rows(x, pitch, rows, columns, centered, eps, weight, out):
     """The norm of each row, times a weight, plus the bias behind the weight; without `centered`, the mean stays."""
     apart()
@@ -122,17 +122,17 @@ def activated(choice, x):
     return x * vsigmoid(x)
 
 
-@kernel
+@kernel(inner=True)
 def activate_rows(choice, x, gate, pitch, rows, columns):
     """The activation of each row of x; for SWIGLU, x times that of the gate."""
     apart()
     for i in range(0, rows * pitch, pitch):
         for j in range(i, i + columns * FLOAT, WIDE):
-            value = load(x + j)
-            store(x + j, value * activated(choice, load(gate + j)) if choice == SWIGLU else activated(choice, value))
+            result = activated(choice, load((gate if choice == SWIGLU else x) + j))
+            store(x + j, load(x + j) * result if choice == SWIGLU else result)
 
 
-@kernel
+@kernel(inner=True)
 def turn_heads(x, heads, half, cos, sin):
     """Turn the pairs of features of each head of a row, as module 12's `rotate`."""
     apart()
@@ -145,7 +145,7 @@ def turn_heads(x, heads, half, cos, sin):
             row[half + k] = high * cosines[half + k] + low * sines[half + k]
 
 
-@kernel
+@kernel(inner=True)
 def copy_floats(target, source, count):
     """Copy `count` numbers, and nothing behind them."""
     apart()
@@ -167,7 +167,7 @@ def rooms(rows, width, widest):
     return narrow, wide, rows * 2 * (narrow + wide) // FLOAT
 
 
-@kernel
+@kernel(inner=True)
 def gather(stream, pitch, rows, width, bias, sums):
     """Add a bias and what each core has found to the stream. sums: (cores, rows · pitch)."""
     apart()
@@ -176,7 +176,7 @@ def gather(stream, pitch, rows, width, bias, sums):
         add_to_rows(stream, pitch, rows, width, address(sums[i]), pitch)
 
 
-@kernel
+@kernel(inline="always")
 def attend_part(
     part, layer, ids, tokens, positions, blocks, keys, values, lengths, cos, sin, sizes, places, eps, scratch, found,
     query, seen,
@@ -192,7 +192,6 @@ def attend_part(
         found: (2, cores, rows · pitch), what each core found in attention and in the small network.
         query, seen: (rows, heads · features).
     """
-    apart()
     _, rows, groups, capacity, features = keys.shape
     width, heads, parts = tokens.shape[1], sizes[0], len(scratch)
     pitch, wide, _ = rooms(rows, width, sizes[4])
@@ -217,11 +216,15 @@ def attend_part(
         target = qkv + (0 if section == 0 else to_key if section == 1 else to_value)
         product(normed, pitch, rows, width, at + places[1] + begin * own, line, columns, target, wide)
         add_to_rows(target, wide, rows, columns, at + places[2] - line + begin * own, np.int64(0))
-    shape, step, counts = (rows, groups, each, features, features), capacity * own, np.minimum(lengths + 1, capacity)
+    shape, step = (rows, groups, each, features, features), capacity * own
+    counts, longest = np.empty(rows, np.int64), 0
+    for i in range(rows):
+        counts[i] = min(lengths[i] + 1, capacity)
+        longest = max(longest, counts[i])
     before = layer * rows * groups * step
     key = (address(keys) + before, np.int64(0), groups * step, step, own)
     value = (address(values) + before, np.int64(0), groups * step, step, own)
-    scores, scale = np.empty((counts.max() + LANES - 1) // LANES * LANES, np.float32), 1 / math.sqrt(features)
+    scores, scale = np.empty((longest + LANES - 1) // LANES * LANES, np.float32), 1 / math.sqrt(features)
     for i in range(rows):
         row = qkv + i * wide
         if cos.size:
@@ -239,10 +242,9 @@ def attend_part(
             width, address(found[0, part]), pitch)  # fmt: skip
 
 
-@kernel
+@kernel(inline="always")
 def expand_part(part, layer, tokens, blocks, sizes, places, eps, rows, scratch, found):
     """Some features of the small network, of all rows, and what they are worth in the output."""
-    apart()
     parts, width, hidden, choice = len(scratch), tokens.shape[1], sizes[1], sizes[2]
     pitch, wide, _ = rooms(rows, width, sizes[4])
     stream, at = address(scratch[part]), address(blocks[layer])
@@ -259,10 +261,9 @@ def expand_part(part, layer, tokens, blocks, sizes, places, eps, rows, scratch, 
     product(up, wide, rows, count, weight, width * FLOAT, width, address(found[1, part]), pitch)
 
 
-@kernel
+@kernel(inline="always")
 def score_part(part, tokens, blocks, norm, head, sizes, places, eps, scratch, found, out):
     """The scores of some tokens, for all rows."""
-    apart()
     parts, (rows, vocabulary), width = len(scratch), out.shape, tokens.shape[1]
     pitch, _, _ = rooms(rows, width, sizes[4])
     stream, last = address(scratch[part]), address(blocks[len(blocks) - 1])
@@ -275,41 +276,45 @@ def score_part(part, tokens, blocks, norm, head, sizes, places, eps, scratch, fo
     dot_rows(groups * part // parts, groups * (part + 1) // parts, final, head, norm[0, :0], out)
 
 
-@kernel
-def room_for(parts, rows, width, inner, widest):
+@kernel(inner=True)
+def room_for(parts, arguments):
     """What the cores work with: scratch, found, query and seen."""
-    pitch, _, size = rooms(rows, width, widest)
+    ids, tokens, keys, sizes = arguments[0], arguments[1], arguments[6], arguments[11]
+    rows, inner = len(ids), sizes[0] * keys.shape[4]
+    pitch, _, size = rooms(rows, tokens.shape[1], sizes[4])
     scratch, found = np.empty((parts, size), np.float32), np.empty((2, parts, rows * pitch // FLOAT), np.float32)
     return scratch, found, np.empty((rows, inner), np.float32), np.empty((rows, inner), np.float32)
 
 
-@kernel
-def decode_serially(
-    parts, ids, tokens, positions, blocks, norm, head, keys, values, lengths, cos, sin, sizes, places, eps, out
-):  # fmt: skip
-    part, inner = np.int64(0), sizes[0] * keys.shape[4]
-    scratch, found, query, seen = room_for(1, len(ids), tokens.shape[1], inner, sizes[4])
-    for layer in range(len(blocks)):
+@kernel(inner=True)
+def decode_part(part, step, arguments, room):
+    """A core's share of a step: attention of the first layer, its small network, attention of the second …, scores."""
+    apart()
+    ids, tokens, positions, blocks, norm, head, keys, values, lengths, cos, sin, sizes, places, eps, out = arguments
+    scratch, found, query, seen = room
+    layer = step // 2
+    if layer == len(blocks):
+        score_part(part, tokens, blocks, norm, head, sizes, places, eps, scratch, found, out)
+    elif step % 2:
+        expand_part(part, layer, tokens, blocks, sizes, places, eps, len(ids), scratch, found)
+    else:
         attend_part(part, layer, ids, tokens, positions, blocks, keys, values, lengths, cos, sin, sizes, places, eps,
                     scratch, found, query, seen)  # fmt: skip
-        expand_part(part, layer, tokens, blocks, sizes, places, eps, len(ids), scratch, found)
-    score_part(part, tokens, blocks, norm, head, sizes, places, eps, scratch, found, out)
+
+
+@kernel
+def decode_serially(parts, *arguments):
+    room = room_for(1, arguments)
+    for step in range(2 * len(arguments[3]) + 1):
+        decode_part(np.int64(0), step, arguments, room)
 
 
 @kernel(parallel=True)
-def decode_on_cores(
-    parts, ids, tokens, positions, blocks, norm, head, keys, values, lengths, cos, sin, sizes, places, eps, out
-):  # fmt: skip
-    inner, rows = sizes[0] * keys.shape[4], len(ids)
-    scratch, found, query, seen = room_for(parts, rows, tokens.shape[1], inner, sizes[4])
-    for layer in range(len(blocks)):
+def decode_on_cores(parts, *arguments):
+    room = room_for(parts, arguments)
+    for step in range(2 * len(arguments[3]) + 1):
         for part in prange(parts):
-            attend_part(np.int64(part), layer, ids, tokens, positions, blocks, keys, values, lengths, cos, sin, sizes,
-                        places, eps, scratch, found, query, seen)  # fmt: skip
-        for part in prange(parts):
-            expand_part(np.int64(part), layer, tokens, blocks, sizes, places, eps, rows, scratch, found)
-    for part in prange(parts):
-        score_part(np.int64(part), tokens, blocks, norm, head, sizes, places, eps, scratch, found, out)
+            decode_part(np.int64(part), step, arguments, room)
 
 
 # -- entry point -------------------------------------------------------------------------------------------------------

@@ -92,7 +92,7 @@ def cached_in(sources: Path = SOURCES, config: Any = numba.config) -> Iterator[b
         config.CACHE_DIR = before
 
 
-def kernel(function: Callable | None = None, *, parallel: bool = False, **options: Any) -> Any:
+def kernel(function: Callable | None = None, *, parallel: bool = False, inner: bool = False, **options: Any) -> Any:
     """Compile a function with Numba when it is first called, without the interpreter's lock, and keep the result.
 
     Arithmetic is done as it is written (`fastmath` is off), so that a kernel gives the same bits wherever a copy of it
@@ -102,11 +102,15 @@ def kernel(function: Callable | None = None, *, parallel: bool = False, **option
 
     What keeps the first call short: a helper of a few lines is `kernel(inline="always")`, because LLVM goes through all
     that a function calls once more for each level of calls above it; and a literal int is not handed to a helper,
-    because Numba compiles it anew for each: `np.int64(0)` is none.
+    because Numba compiles it anew for each: `np.int64(0)` is none; what only kernels call is `inner`, and is compiled
+    without an entry for Python; and a loop over an array is written out, for `x[:n] = y` and `np.minimum(x, n)` take
+    Numba a second or two each.
     """
     if function is None:
-        return lambda f: kernel(f, parallel=parallel, **options)
+        return lambda f: kernel(f, parallel=parallel, inner=inner, **options)
     options = {"error_model": "numpy", **options}
+    if inner:
+        options |= {"no_cpython_wrapper": True, "no_cfunc_wrapper": True}
     with cached_in() as can:
         return njit(function, cache=can, nogil=True, parallel=parallel, **options)
 

@@ -15,8 +15,8 @@ from numba.extending import intrinsic
 from tinytorch.kernels.cpu.jit import kernel
 from tinytorch.kernels.cpu.vectors import I32, LANES, blank, floats, load, load_part, store, store_part, vector
 
-__all__ = ["axis_margins", "deal", "even", "every_second", "high", "line_length", "load_some", "low", "meetings", "odd",
-           "places", "spread", "store_some", "vectors_of"]  # fmt: skip
+__all__ = ["axis_margins", "copy_block", "deal", "even", "every_second", "high", "line_length", "load_some", "low",
+           "meetings", "odd", "places", "spread", "store_some", "vectors_of"]  # fmt: skip
 
 
 def vectors_of(length: int) -> int:
@@ -58,6 +58,15 @@ def store_some(address, value, count):
         store(address, value)
     else:
         store_part(address, value, count)
+
+
+@kernel
+def copy_block(target, target_step, source, source_step, rows, columns):
+    """Copy some columns of rows; steps in bytes."""
+    for row in range(rows):
+        for first in range(0, columns, LANES):
+            value = load_some(source + row * source_step + 4 * first, columns - first)
+            store_some(target + row * target_step + 4 * first, value, columns - first)
 
 
 @kernel

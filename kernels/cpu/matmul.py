@@ -8,6 +8,8 @@ GROUP strips of STRIP columns of the right matrix are copied once, DEPTH rows at
 reads one vector after another; a right matrix that lies by columns, as the transposed weight of a linear layer does, is
 turned on the way. A left matrix is read where it is, because a tile needs single numbers of it; only one that lies by
 columns is copied, too, for its numbers would come from a new page of memory each.
+
+Where the CPU has a unit for matrices, large products are its work: `amx.py`.
 """
 
 from __future__ import annotations
@@ -18,8 +20,9 @@ from typing import Any
 import numpy as np
 from numba import prange
 
+from tinytorch.kernels.cpu import amx
 from tinytorch.kernels.cpu.jit import cores, kernel, plain, run
-from tinytorch.kernels.cpu.lines import load_some, store_some
+from tinytorch.kernels.cpu.lines import copy_block, load_some
 from tinytorch.kernels.cpu.normalization import WIDE, add_rows
 from tinytorch.kernels.cpu.tiles import (
     FEW_ROWS,
@@ -108,15 +111,6 @@ def product_rows(start, start_step, a, row_step, panel_step, left_step, strip, d
                 rows_from(left_row, row_step, last, ROWS), (strip, second), left_step, depth,
                 rows_from(target_row, target_step, last, ROWS), (0, VECTOR_BYTES),
             )  # fmt: skip
-
-
-@kernel
-def copy_block(target, target_step, source, source_step, rows, columns):
-    """Copy rows of at most STRIP columns; steps in bytes."""
-    for row in range(rows):
-        for first in range(0, columns, LANES):
-            value = load_some(source + row * source_step + 4 * first, columns - first)
-            store_some(target + row * target_step + 4 * first, value, columns - first)
 
 
 @kernel
@@ -274,6 +268,22 @@ def planned(a: np.ndarray, b: np.ndarray, bias: np.ndarray, out: np.ndarray) -> 
     return jobs, a.ctypes.data, *a.strides, b.ctypes.data, *b.strides, bias, out, depth, block, by_blocks
 
 
+# From where on AMX is faster: it has to split rows and columns first, so they must have enough results in common.
+LEAST_RESULTS, LEAST_DEPTH, LEAST_PRODUCTS = 60, 32, 1 << 22
+
+
+def worth_splitting(rows: int, depth: int, columns: int) -> bool:
+    """Whether AMX is to do it. It says if it can't, because a factor holds nan, infinity or something near it."""
+    shared = rows * columns >= LEAST_RESULTS * (rows + columns)
+    return shared and depth >= LEAST_DEPTH and rows * depth * columns >= LEAST_PRODUCTS and amx.permitted()
+
+
+def operands(a: np.ndarray, b: np.ndarray, bias: np.ndarray, out: np.ndarray) -> tuple[Any, ...]:
+    """What AMX's `multiply` needs for the product of a (M, K) and b (K, N), both by rows or by columns."""
+    across = amx.dealt(cores(), *out.shape)
+    return a.ctypes.data, *a.strides, b.ctypes.data, *b.strides, bias, out, len(b), across
+
+
 def in_lines(b: np.ndarray) -> np.ndarray:
     """The matrix itself if it lies row by row or column by column; else a copy."""
     return b if 4 in b.strides and min(b.strides) >= 0 else plain(b)
@@ -282,6 +292,10 @@ def in_lines(b: np.ndarray) -> np.ndarray:
 def product(a: np.ndarray, b: np.ndarray, bias: np.ndarray) -> np.ndarray:
     """a (M, K) times b (K, N), and a bias (N,) or (0,)."""
     b, out = in_lines(b), np.empty((len(a), b.shape[1]), np.float32)
+    if worth_splitting(*a.shape, b.shape[1]):
+        a, kernels = in_lines(a), (amx.multiply_serially, amx.multiply_on_cores)
+        if not run(*kernels, out.size * len(b) >> 6, cores(), *operands(a, b, bias, out)):
+            return out
     run(multiply_serially, multiply_on_cores, out.size * len(b) >> 5, cores(), *planned(a, b, bias, out))
     return out
 
@@ -311,13 +325,15 @@ def linear_gradients(xp: Any, g: np.ndarray, x: np.ndarray, weight: np.ndarray, 
     """What g (…, N) is carried to: g W to x (…, K) if 0 is tracked, gᵀ x to the weight (N, K) if 1, and Σ g if 2."""
     outputs, features = weight.shape
     count = math.prod(g.shape[:-1])
-    rows, inputs, weight = g.reshape(count, outputs), in_lines(x.reshape(count, features)), in_lines(weight)
+    rows, inputs, weight = plain(g.reshape(count, outputs)), in_lines(x.reshape(count, features)), in_lines(weight)
     shapes = (count, features), weight.shape, (outputs,)
     found = [np.empty(shapes[i] if i in tracked else (0,) * len(shapes[i]), np.float32) for i in range(3)]
     work = (found[0].size * outputs + found[1].size * count >> 5) + (rows.size // 4 if 2 in tracked else 0)
-    run(
-        gradients_serially, gradients_on_cores, work, cores(), planned(rows, weight, NOTHING, found[0]),
-        planned(rows.T, inputs, NOTHING, found[1]), plain(rows), found[2],
-    )  # fmt: skip
+    products = (rows, weight, NOTHING, found[0]), (rows.T, inputs, NOTHING, found[1])
+    if not worth_splitting(outputs, count, features) or run(
+        amx.gradients_serially, amx.gradients_on_cores, work // 2, cores(), *(operands(*p) for p in products), rows,
+        found[2],
+    ):  # fmt: skip
+        run(gradients_serially, gradients_on_cores, work, cores(), *(planned(*p) for p in products), rows, found[2])
     found[0] = found[0].reshape(x.shape) if 0 in tracked else found[0]
     return tuple(found[i] for i in tracked)

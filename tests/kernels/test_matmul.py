@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import math
+from collections.abc import Iterator
 from typing import Any
 
 import numpy as np
@@ -15,7 +16,9 @@ from tests.kernels.guarded import guarded, guarded_empty
 from tests.kernels.pictures import LAYOUTS, XP, laid_out, near
 from tests.kernels.place import cpu_only
 from tinytorch.kernels.cpu import matmul as kernels
+from tinytorch.kernels.cpu.amx import permitted
 from tinytorch.kernels.cpu.jit import kernel
+from tinytorch.kernels.cpu.lines import copy_block
 from tinytorch.kernels.cpu.matmul import (
     BLOCK,
     DEPTH,
@@ -34,6 +37,16 @@ from tinytorch.kernels.cpu.vectors import LANES
 
 pytestmark = cpu_only
 
+
+@pytest.fixture(params=["vectors", pytest.param("amx", marks=pytest.mark.skipif(not permitted(), reason="no AMX"))])
+def way(request: pytest.FixtureRequest) -> Iterator[str]:
+    """How large products are made: all of them, that a test of it may be small."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(kernels, "worth_splitting", lambda *sizes: request.param == "amx" and min(sizes) > 0)
+        yield request.param
+
+
+either_way = pytest.mark.usefixtures("way")
 seeds = st.integers(0, 1 << 30)
 sizes = st.integers(0, 80)
 rows = sizes | st.sampled_from([BLOCK - 1, BLOCK, BLOCK + 1, 2 * BLOCK + 3])
@@ -87,6 +100,7 @@ def check(out: np.ndarray, expected: np.ndarray) -> None:
 # -- values ------------------------------------------------------------------------------------------------------------
 
 
+@either_way
 @given(rows, depths, columns, lays, lays, st.booleans(), seeds)
 @example(BLOCK + 1, DEPTH + 1, STRIP + 1, "plain", "turned", True, 0)
 @example(2 * BLOCK + 3, 2 * DEPTH + 5, 2 * STRIP, "turned", "plain", True, 0)
@@ -100,6 +114,7 @@ def test_any_shape_and_layout(M: int, K: int, N: int, left: str, right: str, bia
     check(product(a, b, bias), exact(a, b, bias if biased else None))
 
 
+@either_way
 @given(st.lists(st.integers(0, 9), max_size=3), depths, columns, lays, st.sampled_from(LAYOUTS), st.booleans(), seeds)
 @example([7, 3], 0, 5, "plain", "plain", True, 0)
 @example([], 0, 5, "plain", "plain", True, 0)
@@ -113,6 +128,7 @@ def test_leading_axes(lead: list, K: int, N: int, lay_weight: str, lay_x: str, b
     check(matmul(XP, x, weight.T), exact(x, weight.T))
 
 
+@either_way
 @pytest.mark.parametrize(
     ("M", "K", "N"), [(64, 40, 64), (1, DEPTH, 300), (300, 2100, 70), (BLOCK + 9, DEPTH + 20, STRIP + 5), (300, 7, 300)]
 )
@@ -122,6 +138,7 @@ def test_precision(M: int, K: int, N: int) -> None:
     near(matmul(XP, np.asfortranarray(a), np.ascontiguousarray(weight.T)), exact(a, weight.T))
 
 
+@either_way
 @given(st.lists(st.integers(1, 9), min_size=1, max_size=2), sizes, sizes, st.sampled_from(LAYOUTS), seeds)
 @example([50, 40], 60, 70, "plain", 0)
 def test_gradients_of_linear(lead: list, K: int, N: int, layout: str, seed: int) -> None:
@@ -136,6 +153,7 @@ def test_gradients_of_linear(lead: list, K: int, N: int, layout: str, seed: int)
             check(gradient, expected[i])
 
 
+@either_way
 @pytest.mark.parametrize("bad", [math.nan, math.inf])
 @pytest.mark.parametrize(("left", "right"), [("plain", "plain"), ("plain", "turned"), ("turned", "turned")])
 def test_nan_and_infinity_stay_in_their_row_or_column(bad: float, left: str, right: str) -> None:
@@ -256,7 +274,7 @@ def test_copies_and_turns_at_protected_pages(end: bool) -> None:
     for rows in (0, 1, 5):
         for columns in (1, LANES - 1, LANES, LANES + 1, STRIP):
             source, target = guarded(whole(0, rows, columns), end), guarded_empty((rows, columns), end=end)
-            kernels.copy_block(target.ctypes.data, 4 * columns, source.ctypes.data, 4 * columns, rows, columns)
+            copy_block(target.ctypes.data, 4 * columns, source.ctypes.data, 4 * columns, rows, columns)
             np.testing.assert_array_equal(target, source)
     for channels in (1, 2, LANES - 1, LANES):
         for pixels in (1, LANES - 1, LANES, LANES + 1, 3 * LANES - 1):
@@ -317,19 +335,19 @@ def test_cores_change_no_bit_of_gradients() -> None:
                     np.testing.assert_array_equal(out[i], results[0][i])
 
 
-def test_any_number_of_cores_gives_the_same_bits(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_any_number_of_cores_gives_the_same_bits(way: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """Blocks are smaller where there are more cores, and a core has its own if there are rows enough."""
     a, weight, bias = numbers(0, 300, 200), numbers(1, 90, 200), numbers(2, 90)
     results, launched = [], []
 
-    def run(serial: Any, parallel: Any, work: int, parts: int, *rest: Any) -> None:
+    def run(serial: Any, parallel: Any, work: int, parts: int, *rest: Any) -> Any:
         launched.append(rest[-2:])
-        (parallel if parts > 1 else serial)(parts, *rest)
+        return (parallel if parts > 1 else serial)(parts, *rest)
 
     monkeypatch.setattr(kernels, "run", run)
     for parts in (1, 2, 5):
         monkeypatch.setattr(kernels, "cores", lambda parts=parts: parts)
         results.append(linear(XP, a, weight, bias))
         np.testing.assert_array_equal(results[-1], results[0])
-    assert len(set(launched)) == 3
+    assert len(set(launched)) == (3 if way == "vectors" else 1)
     near(results[0], exact(a, weight.T, bias))
