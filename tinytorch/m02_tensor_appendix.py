@@ -834,6 +834,32 @@ def narrow(x: Tensor, dim: int, start: int, length: int) -> Tensor:
     return getitem(x, index=(slice(None),) * (dim % x.ndim) + (slice(start, start + length),))
 
 
+def is_basic(index: Any) -> bool:
+    """Whether an index takes a rectangle, in which no place occurs twice."""
+    parts = index if isinstance(index, tuple) else (index,)
+    return builtins.all(isinstance(part, (int, slice, type(None), type(...))) for part in parts)
+
+
+def side_by_side(parts: Sequence[tuple[Any, Any]], shape: tuple) -> tuple[list, int] | None:
+    """Of (index, array) pairs: the arrays in their order, and the axis, if they are all slices along one axis that
+    follow one another and take the whole of a shape, as `split`'s are; else None."""
+    found, axes, end = dict[int, tuple[int, Any]](), set[int](), 0
+    for index, array in parts:
+        *others, last = index if type(index) is tuple else (index,)
+        if type(last) is not slice or builtins.any(other != slice(None) for other in others):
+            return None
+        axes.add(axis := len(others))
+        start, stop, step = last.indices(shape[axis])
+        if step != 1 or start in found:
+            return None
+        found[start] = stop, array
+    for start in sorted(found):
+        if start != end:
+            return None
+        end = found[start][0]
+    return ([found[start][1] for start in sorted(found)], axis) if len(axes) == 1 and end == shape[axis] else None
+
+
 def chunk(x: Tensor, chunks: int, dim: int = 0) -> tuple[Tensor, ...]:
     """At most `chunks` pieces of equal length along `dim` (the last may be shorter)."""
     if chunks < 1:

@@ -72,7 +72,7 @@ from tinytorch.m02_tensor import (
     where,
     zeros,
 )
-from tinytorch.m02_tensor_appendix import Writes, sign, take_along_dim, tanh
+from tinytorch.m02_tensor_appendix import Writes, is_basic, side_by_side, sign, take_along_dim, tanh
 from tinytorch.m03_activations import log_softmax, relu, sigmoid, softmax
 from tinytorch.m04_layers import Linear, Parameter, Sequential, drop, linear
 from tinytorch.m05_losses import cross_entropy, softmax_cross_entropy
@@ -303,12 +303,6 @@ def scatter(xp, g, *, index, shape):
     return zero
 
 
-def is_basic(index: Any) -> bool:
-    """Whether an index takes a rectangle, in which no place occurs twice."""
-    parts = index if isinstance(index, tuple) else (index,)
-    return all(isinstance(part, (int, slice, type(None), type(...))) for part in parts)
-
-
 class Slices:
     """The gradient of a tensor of which slices were taken: the slices' gradients, until all are there."""
 
@@ -316,6 +310,8 @@ class Slices:
         self.parts, self.shape, self.dtype = [(index, g)], tuple(shape), g.dtype
 
     def array(self) -> Any:
+        if in_a_row := side_by_side(self.parts, self.shape):
+            return concatenate(*in_a_row[0], dim=in_a_row[1])
         (index, g), *others = self.parts
         out = scatter(g, index=index, shape=self.shape)
         for index, g in others:

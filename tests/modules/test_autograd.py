@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import itertools
 import math
 import threading
 import weakref
@@ -17,6 +18,7 @@ from tinytorch.autograd import Function, detect_anomaly, draw, grad, gradcheck, 
 from tinytorch.autograd.functional import hessian, jacobian, jvp, vjp
 from tinytorch.m01_setup import assert_close, manual_seed
 from tinytorch.m02_tensor import Op, Tensor, observe
+from tinytorch.m02_tensor_appendix import side_by_side
 from tinytorch.m06_autograd import NON_DIFFERENTIABLE, RULES, gradient, non_differentiable
 from tinytorch.utils.checkpoint import checkpoint
 
@@ -106,12 +108,35 @@ def test_the_gradient_of_slices_is_one_array_and_nobody_elses(device: str) -> No
     y.register_hook(lambda g: seen.append(g))
     with observe(lambda op, arrays, attributes, proceed: names.append(op.name) or proceed()):
         (y[:2].sum() + y[2:4].sum() * 2 + y[4:].sum() * 3).backward()
-    assert names.count("scatter") == 1
+    assert (names.count("scatter"), names.count("concatenate")) == (0, 1)
     assert [g.tolist() for g in seen] == [[1, 1, 2, 2, 3, 3]]
+    names.clear()
+    with observe(lambda op, arrays, attributes, proceed: names.append(op.name) or proceed()):
+        y = x * 1
+        (y[:2].sum() + y[2:4].sum() * 2).backward()  # something is left out
+    assert (names.count("scatter"), names.count("concatenate")) == (1, 0)
     part = (x * 1)[:3]
     kept = t.ones(3)
     part.backward(kept)
     assert kept.tolist() == [1, 1, 1]
+
+
+def test_slices_in_a_row_are_known() -> None:
+    """As Python takes an index: whatever is said to be side by side, put together, is what the indices say."""
+    whole, known = np.arange(24.0).reshape(4, 6), 0
+    pieces = [np.s_[:2], np.s_[2:], np.s_[:, :3], np.s_[:, 3:], np.s_[:, 1:3], np.s_[2:3], np.s_[3:9], np.s_[-1:],
+              np.s_[:, ::2], np.s_[:], np.s_[:0], np.s_[..., :3], 0, None]  # fmt: skip
+    for count in (1, 2, 3):
+        for indices in itertools.permutations(pieces, count):
+            row = side_by_side([(index, whole[index]) for index in indices], whole.shape)
+            times = np.zeros(whole.shape, int)
+            for index in indices:
+                np.add.at(times, index, 1)
+            if row is not None:
+                np.testing.assert_array_equal(np.concatenate(row[0], row[1]), whole)
+                assert (times == 1).all()
+                known += 1
+    assert known > 15
 
 
 def test_a_gradient_of_the_output_can_be_given(device: str) -> None:
