@@ -19,6 +19,7 @@ from tinytorch.kernels.cpu.jit import features, kernel
 from tinytorch.kernels.cpu.matmul import NOTHING, linear_gradients, product
 from tinytorch.kernels.cpu.tiles import line_from
 from tinytorch.kernels.cpu.vectors import blank
+from tinytorch.m16_acceleration import multiply_in_parts, three_parts
 
 pytestmark = [cpu_only, pytest.mark.skipif(not permitted(), reason="no AMX")]
 
@@ -132,6 +133,14 @@ def test_smaller_errors_than_numpys() -> None:
         multiplied(a, b, NOTHING, out)
         exact = a.astype("float64") @ b.astype("float64")
         assert np.abs(out - exact).mean() < np.abs(a @ b - exact).mean()
+
+
+def test_the_chapters_twin_says_the_same() -> None:
+    a, b, out = usual(0, 70, 300), usual(1, 300, 50), np.empty((70, 50), "float32")
+    multiplied(a, b, NOTHING, out)
+    near(out, multiply_in_parts(a, b))
+    for part in three_parts(a):  # which may differ in a last bit, where two numbers are as near
+        np.testing.assert_array_equal(part, bfloat16(part))
 
 
 def test_each_of_the_six_products_counts() -> None:
