@@ -271,8 +271,8 @@ def kernels(as_json: JsonOption = False) -> None:
     listed = zip(report["kernels"], files, strict=True)
     rows: list[tuple[str, ...]] = [(row["operation"], file, row["why"]) for row, file in listed]
     print_rows(("operation", "kernel", "why"), rows)
-    print(f"Kernels are {report['state']}. Compiled for {report['cpu']} with {report['lanes']} floats in a vector, "
-          f"on {report['cores']} core(s).")  # fmt: skip
+    print(f"Kernels are {report['state']}. Compiled for {report['cpu']} with {report['lanes']} floats in a vector"
+          f"{' and AMX' if report['amx'] else ''}, on {report['cores']} core(s).")  # fmt: skip
     print(f"{report['compiled']} compiled functions, {report['bytes'] / 1e6:.1f} MB, are kept in {report['cache']}")
 
 

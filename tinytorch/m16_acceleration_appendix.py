@@ -393,7 +393,7 @@ Optimizer.together.update({SGD: at_once("sgd"), Adam: at_once("adam"), AdamW: at
 
 def describe_kernels() -> dict[str, Any]:
     """What is attached, for which CPU it is compiled, and what has been compiled so far."""
-    from tinytorch.kernels.cpu import jit
+    from tinytorch.kernels.cpu import amx, jit
 
     files = list(jit.cache_folder().rglob("*.nbc"))
     rows = [
@@ -403,7 +403,7 @@ def describe_kernels() -> dict[str, Any]:
     ]  # fmt: skip
     return {
         "kernels": rows, "state": "on" if kernels_enabled() else "off (TINYTORCH_KERNELS)", "cpu": jit.CPU,
-        "lanes": jit.LANES, "cores": jit.cores(), "cache": str(jit.cache_folder()), "compiled": len(files),
+        "lanes": jit.LANES, "amx": amx.permitted(), "cores": jit.cores(), "cache": str(jit.cache_folder()), "compiled": len(files),
         "bytes": sum(file.stat().st_size for file in files),
     }  # fmt: skip
 
