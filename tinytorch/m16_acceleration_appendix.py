@@ -403,8 +403,8 @@ def describe_kernels() -> dict[str, Any]:
     ]  # fmt: skip
     return {
         "kernels": rows, "state": "on" if kernels_enabled() else "off (TINYTORCH_KERNELS)", "cpu": jit.CPU,
-        "lanes": jit.LANES, "amx": amx.permitted(), "cores": jit.cores(), "cache": str(jit.cache_folder()), "compiled": len(files),
-        "bytes": sum(file.stat().st_size for file in files),
+        "lanes": jit.LANES, "amx": amx.permitted(), "cores": jit.cores(), "cache": str(jit.cache_folder()),
+        "compiled": len(files), "bytes": sum(file.stat().st_size for file in files),
     }  # fmt: skip
 
 
