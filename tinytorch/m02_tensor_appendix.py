@@ -845,7 +845,7 @@ def side_by_side(parts: Sequence[tuple[Any, Any]], shape: tuple) -> tuple[list, 
     follow one another and take the whole of a shape, as `split`'s are; else None."""
     found, axes, end = dict[int, tuple[int, Any]](), set[int](), 0
     for index, array in parts:
-        *others, last = index if type(index) is tuple else (index,)
+        *others, last = (index if type(index) is tuple else (index,)) or (None,)
         if type(last) is not slice or builtins.any(other != slice(None) for other in others):
             return None
         axes.add(axis := len(others))

@@ -10,7 +10,9 @@ import json
 import os
 import subprocess
 import sys
+import time
 from collections import Counter
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +20,8 @@ import pytest
 
 from tests.learn.wrong import WRONG
 from tinytorch.curriculum import MODULES
-from tinytorch.learn.exercises import blanked, definition, exercises, find_exercise, reference
+from tinytorch.learn import exercises as exercise_module
+from tinytorch.learn.exercises import blanked, definition, exercises, find_exercise, parse, reference
 
 WITH_EXERCISES = [module.number for module in MODULES if module.exercises]
 
@@ -28,6 +31,26 @@ from tests.learn import measure_wrong as m
 
 chapter = m.Chapter(m.module_of(int(sys.argv[1])))
 """
+
+
+def test_threads_parse_one_after_the_other(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Python 3.11 gets its count of nested nodes wrong if two do so at once, and then raises SystemError."""
+    now, most = [0], [0]
+
+    def slow(source: str) -> str:
+        now[0] += 1
+        most[0] = max(most[0], now[0])
+        time.sleep(0.01)
+        now[0] -= 1
+        return source
+
+    monkeypatch.setattr(ast, "parse", slow)
+    with ThreadPoolExecutor(4) as pool:
+        assert list(pool.map(parse, "abcd")) == list("abcd")
+    assert most == [1]
+    for used_by_graders in ("checking", "exercises", "notebooks"):
+        text = (Path(exercise_module.__file__).parent / f"{used_by_graders}.py").read_text(encoding="utf-8")
+        assert text.count("ast.parse(") == (used_by_graders == "exercises")
 
 
 @pytest.mark.parametrize("number", WITH_EXERCISES)

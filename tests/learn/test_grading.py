@@ -209,7 +209,8 @@ def test_the_reasons_are_told(grades: dict[str, Grade]) -> None:
     assert "ended here" in message("_exit in an exercise")
     assert "still running after 2 s" in message("endless at import")
     assert "still running after 2 s" in message("endless and deaf")
-    assert "MemoryError" in message("memory") or "GiB of memory" in message("memory")
+    stopped = "MemoryError", "GiB of memory", "still running after 2 s"  # whichever a busy machine comes to first
+    assert any(reason in message("memory") for reason in stopped)
     assert "m01_setup.assert_close" in message("foreign assert_close")
     assert "m01_setup.to_numpy" in message("what assert_close calls")
     assert "builtins.abs" in message("builtins")

@@ -125,7 +125,7 @@ def test_slices_in_a_row_are_known() -> None:
     """As Python takes an index: whatever is said to be side by side, put together, is what the indices say."""
     whole, known = np.arange(24.0).reshape(4, 6), 0
     pieces = [np.s_[:2], np.s_[2:], np.s_[:, :3], np.s_[:, 3:], np.s_[:, 1:3], np.s_[2:3], np.s_[3:9], np.s_[-1:],
-              np.s_[:, ::2], np.s_[:], np.s_[:0], np.s_[..., :3], 0, None]  # fmt: skip
+              np.s_[:, ::2], np.s_[:], np.s_[:0], np.s_[..., :3], 0, None, ()]  # fmt: skip
     for count in (1, 2, 3):
         for indices in itertools.permutations(pieces, count):
             row = side_by_side([(index, whole[index]) for index in indices], whole.shape)

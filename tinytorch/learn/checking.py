@@ -29,7 +29,7 @@ from typing import IO, Annotated, Any
 import typer
 
 from tinytorch.curriculum import find_module
-from tinytorch.learn.exercises import CHAPTERS, Definition, exercises, module_of, reference
+from tinytorch.learn.exercises import CHAPTERS, Definition, exercises, module_of, parse, reference
 from tinytorch.learn.workspace import Workspace
 from tinytorch.terminal import fail
 
@@ -228,7 +228,7 @@ def written_in(text: str, names: Iterable[str]) -> set[str]:
     if len(text) > LONGEST:
         raise ValueError(f"the file has {len(text):,} characters, and no chapter has more than {LONGEST:,}")
     try:
-        tree = ast.parse(text)
+        tree = parse(text)
     except SyntaxError as error:
         raise ValueError(f"this is not Python: line {error.lineno or 1}: {error.msg}") from None
     except ValueError as error:
@@ -262,7 +262,7 @@ def is_empty(node: Definition) -> bool:
 
 
 def top_functions(source: str) -> list[str]:
-    return [node.name for node in ast.parse(source).body if isinstance(node, ast.FunctionDef)]
+    return [node.name for node in parse(source).body if isinstance(node, ast.FunctionDef)]
 
 
 def prepare(folder: Path, number: int, text: str, others: Mapping[int, str], limits: Limits) -> Path:

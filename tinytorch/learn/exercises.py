@@ -7,13 +7,14 @@ Their bodies are found and taken out by syntax tree.
 from __future__ import annotations
 
 import ast
+import threading
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
 from tinytorch.curriculum import MODULES, Module
 
-__all__ = ["Exercise", "blanked", "definition", "exercises", "find_exercise", "module_of", "reference"]
+__all__ = ["Exercise", "blanked", "definition", "exercises", "find_exercise", "module_of", "parse", "reference"]
 
 CHAPTERS = Path(__file__).resolve().parent.parent  # where those of the package stand, whoever's are imported
 Definition = ast.FunctionDef | ast.AsyncFunctionDef
@@ -45,6 +46,16 @@ def module_of(number: int) -> Module:
     raise ValueError(f"there is no module {number}; they are 1 to {len(MODULES)}")
 
 
+_parsing = threading.Lock()
+
+
+def parse(source: str) -> ast.Module:
+    """`ast.parse`, for one thread at a time: Python 3.11 counts how deep trees are nested in one place for all threads,
+    and two that parse at once may both get a SystemError (https://github.com/python/cpython/issues/106905)."""
+    with _parsing:
+        return ast.parse(source)
+
+
 def reference(number: int) -> str:
     """The text of a chapter as it stands in the package."""
     return (CHAPTERS / f"{module_of(number).file}.py").read_text(encoding="utf-8")
@@ -53,7 +64,7 @@ def reference(number: int) -> str:
 def exercises(number: int) -> list[Exercise]:
     """The exercises of a module, in the order of its chapter."""
     source = reference(number)
-    tree, lines = ast.parse(source), source.splitlines()
+    tree, lines = parse(source), source.splitlines()
     found = []
     for name in module_of(number).exercises.split():
         node = definition(tree, name)
@@ -113,7 +124,7 @@ def tests_below(tree: ast.Module, top: ast.stmt) -> tuple[str, ...]:
 
 def blanked(source: str, number: int, names: Iterable[str]) -> str:
     """A chapter in which the named exercises are to be written: of each, decorators, signature and docstring stay."""
-    tree, lines = ast.parse(source), source.splitlines()
+    tree, lines = parse(source), source.splitlines()
     for node, name in sorted(((definition(tree, name), name) for name in names), key=lambda pair: -pair[0].lineno):
         first, end = node.body[0], node.end_lineno or node.lineno
         left = f'raise NotImplementedError("exercise {name}: tinytorch learn hint {number:02} {name}")'

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-import ast
 import json
 import os
 import re
 from collections.abc import Iterator
 from difflib import SequenceMatcher
 from typing import Any
+
+from tinytorch.learn.exercises import parse
 
 __all__ = ["from_notebook", "to_notebook", "updated"]
 
@@ -83,7 +84,7 @@ def commented(source: str) -> str:
 
 def is_python(source: str) -> bool:
     try:
-        ast.parse(source)
+        parse(source)
     except SyntaxError:
         return False
     return True
