@@ -1,13 +1,13 @@
-"""Products of float32 matrices by AMX, the matrix unit of Intel's newer CPUs, and as exact as float32's own.
+"""Products of float32 matrices by AMX, the matrix unit of Intel's newer CPUs, as exact as float32's own.
 
 AMX has eight registers of 1 KB, tiles. One instruction multiplies a tile of 16 × 32 bfloat16 with one of 32 × 16 and
 adds that to a tile of 16 × 16 float32: 8,192 products in 16 cycles, sixteen times what vectors of float32 do. A
 bfloat16 has 8 of the 24 bits of a float32. So each number is split into three that add up to it exactly, high + middle
 + low, and of the nine products of two such sums six are added up, the smallest first; each of the other three is below
-2⁻²⁴ of the whole. That takes six times as long, and is still more than twice as fast as vectors; and it rounds less
-often, because a tile adds up pairs of products before it rounds: the result is nearer to the exact one than float32's.
-(G. Henry, P. Tang, A. Heinecke: Leveraging the bfloat16 Artificial Intelligence Datatype For Higher-Precision
-Computations, ARITH 2019.)
+2⁻²⁴ of the whole. That takes six times as long, and is still more than twice as fast as vectors. The small products
+are rounded where they are added to the large ones, so errors are those of a sum of float32: of usual numbers half of
+NumPy's, of numbers from 10⁻⁹ to 10⁹ in one row up to twice them. (G. Henry, P. Tang, A. Heinecke: Leveraging the
+bfloat16 Artificial Intelligence Datatype For Higher-Precision Computations, ARITH 2019.)
 
 What the parts cannot have: a part below 2⁻¹²⁶ counts as 0, so that the result may differ by 2⁻¹²⁶ times the sum of the
 other matrix's numbers; and infinity and nan have no parts. They are noticed while numbers are split; then the result is

@@ -21,7 +21,7 @@ class Wasteful(Module):
 
     def __init__(self) -> None:
         super().__init__()
-        self.quick, self.slow = Linear(64, 64), Sequential(Linear(64, 1024), Linear(1024, 64))
+        self.quick, self.slow = Linear(64, 64), Sequential(Linear(64, 4096), Linear(4096, 64))
 
     def forward(self, x: Any) -> Any:
         x = self.quick(x)
@@ -41,7 +41,7 @@ def test_the_profile_finds_what_is_slow() -> None:
     quick, slow = "Wasteful.quick (Linear)", ["Wasteful.slow.0 (Linear)", "Wasteful.slow.1 (Linear)"]
     assert min(shortest[name] for name in slow) > 2 * shortest[quick]
     flops = {(row.name, row.backward): row.flops for row in summarize(p, "module")}
-    assert flops[slow[0], False] == 2 * 256 * 64 * 1024
+    assert flops[slow[0], False] == 2 * 256 * 64 * 4096
     assert flops[slow[0], True] == 2 * flops[slow[0], False]
 
 
