@@ -292,7 +292,7 @@ def in_lines(b: np.ndarray) -> np.ndarray:
 def product(a: np.ndarray, b: np.ndarray, bias: np.ndarray) -> np.ndarray:
     """a (M, K) times b (K, N), and a bias (N,) or (0,)."""
     b, out = in_lines(b), np.empty((len(a), b.shape[1]), np.float32)
-    if worth_splitting(*a.shape, b.shape[1]):
+    if worth_splitting(len(a), len(b), b.shape[1]):
         a, kernels = in_lines(a), (amx.multiply_serially, amx.multiply_on_cores)
         if not run(*kernels, out.size * len(b) >> 6, cores(), *operands(a, b, bias, out)):
             return out
