@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import platform
 import subprocess
 import sys
 from pathlib import Path
@@ -25,7 +26,7 @@ print(min(used), os.environ.get("OPENBLAS_THREAD_TIMEOUT"))
 
 
 def run(code: str, **environment: str) -> list[str]:
-    inherited = {name: value for name, value in os.environ.items() if not name.startswith("OPENBLAS_")}
+    inherited = {name: value for name, value in os.environ.items() if not name.startswith(("OPENBLAS_", "MALLOC_"))}
     done = subprocess.run(
         [sys.executable, "-c", code], env=inherited | environment, capture_output=True, text=True, check=True
     )
@@ -54,3 +55,24 @@ def test_a_time_of_the_users_own_stays() -> None:
     used, told = run(CPU_TIME, OPENBLAS_THREAD_TIMEOUT="26")
     assert float(used) > 0.005
     assert told == "26"
+
+
+LARGE_PAGES = """
+import re, tinytorch
+from pathlib import Path
+address = tinytorch.ones(1 << 18).data.ctypes.data
+told = False
+for line in Path("/proc/self/smaps").read_text().splitlines():
+    if place := re.match("([0-9a-f]+)-([0-9a-f]+) ", line):
+        here = int(place[1], 16) <= address < int(place[2], 16)
+    elif line.startswith("VmFlags:"):
+        told |= here and "hg" in line.split()
+print(told)
+"""
+
+
+def test_results_lie_in_large_pages() -> None:
+    if not Path("/sys/kernel/mm/transparent_hugepage").exists() or platform.libc_ver()[0] != "glibc":
+        pytest.skip("no large pages, or another C library than glibc")
+    assert run(LARGE_PAGES, TINYTORCH_MALLOC="keep") == ["True"]
+    assert run(LARGE_PAGES, TINYTORCH_MALLOC="system") == ["False"]
