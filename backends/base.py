@@ -12,7 +12,7 @@ methods below, and there are no others:
     description, memory, pool, release               the machine, its memory, and what the library keeps of it
     use, stream, mark, seconds_between               a device that works on its own, and the time there
     set_matmul_precision                             whether products of float32 may round their factors
-    buffer_id, owns_memory, format                   which memory an array lies in; its values as text
+    buffer_id, owns_memory, whole_of, format         which memory an array lies in; its values as text
 """
 
 from __future__ import annotations
@@ -320,6 +320,10 @@ class Backend:
     def owns_memory(self, array: Array) -> bool:
         """Whether the array is certainly the only one over its memory's allocation, and no view."""
         return False
+
+    def whole_of(self, arrays: Sequence[Array], axis: int) -> Array | None:
+        """A view of the one memory in which these arrays lie, side by side along an axis, and which they fill."""
+        return None
 
     def format(self, array: Array, prefix: str = "") -> str:
         """The values as nested brackets, abbreviated where they are many; later lines are indented below `prefix`."""

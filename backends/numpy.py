@@ -6,6 +6,7 @@ import ctypes
 import math
 import os
 import warnings
+from collections.abc import Sequence
 from functools import lru_cache
 from typing import Any
 
@@ -164,7 +165,7 @@ class NumpyBackend(Backend):
             return np.mean(x, axis=axis, keepdims=keepdims)  # adds halves up as singles
         total = self.sum(x, axis, keepdims=True)
         total /= np.asarray(x.size / max(total.size, 1), x.dtype)
-        return total if keepdims else np.squeeze(total, axis)
+        return total if keepdims else total.reshape(()) if axis is None else np.squeeze(total, axis)
 
     def max(self, x: Array, axis: Any = None, keepdims: Any = False) -> Array:
         if x.ndim and rows_of(x, axis) == x.ndim and x.dtype.kind == "f":
@@ -208,6 +209,20 @@ class NumpyBackend(Backend):
 
     def owns_memory(self, array: Array) -> bool:
         return type(array) is np.ndarray and array.base is None
+
+    def whole_of(self, arrays: Sequence[Array], axis: int) -> Array | None:
+        memory, shape = arrays[0].base, list(arrays[0].shape)
+        shape[axis], start = sum(x.shape[axis] for x in arrays), 0
+        if type(memory) is not np.ndarray or not memory.flags.c_contiguous or memory.size != math.prod(shape):
+            return None
+        whole = memory.reshape(shape)
+        for x in arrays:
+            place = whole[(slice(None),) * axis + (slice(start, start + x.shape[axis]),)]
+            lies = place.dtype, place.shape, place.strides, place.ctypes.data
+            if lies != (x.dtype, x.shape, x.strides, x.ctypes.data):
+                return None
+            start += x.shape[axis]
+        return whole
 
     def buffer_id(self, array: Array) -> int:
         while isinstance(array.base, np.ndarray):

@@ -44,6 +44,7 @@ from tinytorch.m02_tensor import (
     cast,
     cat,
     clone,
+    concatenate,
     div,
     exp,
     expand,
@@ -846,6 +847,8 @@ def side_by_side(parts: Sequence[tuple[Any, Any]], shape: tuple) -> tuple[list, 
     found, axes, end = dict[int, tuple[int, Any]](), set[int](), 0
     for index, array in parts:
         *others, last = (index if type(index) is tuple else (index,)) or (None,)
+        if others == [...]:
+            others = [slice(None)] * (len(shape) - 1)
         if type(last) is not slice or builtins.any(other != slice(None) for other in others):
             return None
         axes.add(axis := len(others))
@@ -858,6 +861,12 @@ def side_by_side(parts: Sequence[tuple[Any, Any]], shape: tuple) -> tuple[list, 
             return None
         end = found[start][0]
     return ([found[start][1] for start in sorted(found)], axis) if len(axes) == 1 and end == shape[axis] else None
+
+
+def together(arrays: Sequence[Any], axis: int) -> Any:
+    """The arrays as one, along an axis; without a copy where they lie in memory like that already."""
+    found = backend_of(arrays[0]).whole_of(arrays, axis)
+    return concatenate(*arrays, dim=axis) if found is None else found
 
 
 def chunk(x: Tensor, chunks: int, dim: int = 0) -> tuple[Tensor, ...]:

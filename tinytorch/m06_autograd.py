@@ -72,7 +72,7 @@ from tinytorch.m02_tensor import (
     where,
     zeros,
 )
-from tinytorch.m02_tensor_appendix import Writes, is_basic, side_by_side, sign, take_along_dim, tanh
+from tinytorch.m02_tensor_appendix import Writes, is_basic, side_by_side, sign, take_along_dim, tanh, together
 from tinytorch.m03_activations import log_softmax, relu, sigmoid, softmax
 from tinytorch.m04_layers import Linear, Parameter, Sequential, drop, linear
 from tinytorch.m05_losses import cross_entropy, softmax_cross_entropy
@@ -218,7 +218,7 @@ def non_differentiable(*ops: Op) -> None:
 def spread(g: Any, shape: tuple, dim: Any, keepdim: bool) -> Any:
     """A reduction's gradient, repeated over the axes that it reduced."""
     axes = range(len(shape)) if dim is None else [d % len(shape) for d in (dim if isinstance(dim, tuple) else (dim,))]
-    if not keepdim:
+    if not keepdim and dim is not None:
         g = reshape(g, shape=tuple(1 if d in axes else n for d, n in enumerate(shape)))
     return expand(g, shape=tuple(shape))
 
@@ -311,7 +311,7 @@ class Slices:
 
     def array(self) -> Any:
         if in_a_row := side_by_side(self.parts, self.shape):
-            return concatenate(*in_a_row[0], dim=in_a_row[1])
+            return together(*in_a_row)
         (index, g), *others = self.parts
         out = scatter(g, index=index, shape=self.shape)
         for index, g in others:

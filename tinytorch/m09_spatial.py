@@ -811,7 +811,7 @@ def count_flops(network: Module, x: Tensor) -> dict[str, int]:
 
     def observer(operation: Any, arrays: list, attributes: dict, proceed: Callable) -> Any:
         out = proceed()
-        name = operation.name.removesuffix("_relu")  # a convolution may come in one with its ReLU
+        name = operation.name.removesuffix("_relu")  # a layer may come in one with its ReLU
         if name in ("convolution", "convolution_input_gradient", "linear"):
             places = arrays[0] if operation is convolution_input_gradient else out  # a transposed convolution's input
             counts[name] += layer_flops(places, arrays[1])

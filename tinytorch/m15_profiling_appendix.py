@@ -71,7 +71,7 @@ flop_formula("avg_pool_gradient")(lambda out, g, windows, **attributes: count(g)
 flop_formula("scatter_to_maxima", "gather_from_maxima")(  # for each element of a window a comparison and an addition
     lambda out, values, x, largest, windows: 2 * count(largest) * math.prod(windows.size)
 )
-flop_formula("convolution_relu")(lambda out, x, weight, *bias, **geometry: layer_flops(out, weight))
+flop_formula("convolution_relu", "linear_relu")(lambda out, x, weight, *bias, **geometry: layer_flops(out, weight))
 
 
 @flop_formula("normalize")

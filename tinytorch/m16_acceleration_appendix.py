@@ -22,9 +22,9 @@ from tinytorch.m02_tensor import Tensor, exp, matmul, op, randn, zeros
 from tinytorch.m02_tensor import sum as total_of
 from tinytorch.m02_tensor_appendix import Writes, erf, tanh
 from tinytorch.m03_activations import ReLU, gelu_and_cdf, log_softmax, relu, sigmoid, silu, softmax
-from tinytorch.m04_layers import attach_fusion, drop, linear
+from tinytorch.m04_layers import Linear, attach_fusion, drop, linear
 from tinytorch.m05_losses import softmax_cross_entropy
-from tinytorch.m06_autograd import gradient, linear_gradients, relu_gradient, softmax_minus_one_hot
+from tinytorch.m06_autograd import gradient, linear_gradients, linear_rule, relu_gradient, softmax_minus_one_hot
 from tinytorch.m06_autograd_appendix import gelu_gradient
 from tinytorch.m07_optimizers import SGD, Adam, AdamW, Optimizer
 from tinytorch.m08_training import LOWER
@@ -70,16 +70,39 @@ def convolution_relu_rule(g: Any, x: Any, weight: Any, out: Any, position: tuple
 
 
 gradient(convolution_relu, together=convolution_relu_rule)
-LOWER.add("convolution_relu")
 
 
-def fuse_relu(layer: Any, following: Any) -> Callable | None:
+@op
+def linear_relu(xp, x, weight, bias=None):
+    """relu(linear(x, weight, bias)): what is below 0 is replaced where it lies."""
+    return xp.maximum(linear.function(xp, x, weight, bias), 0)
+
+
+def linear_relu_rule(g: Any, x: Any, weight: Any, out: Any, position: tuple) -> Any:
+    return linear_rule(relu_gradient(g, out), x, weight, position)
+
+
+gradient(linear_relu, together=linear_relu_rule)
+LOWER.update(("convolution_relu", "linear_relu"))
+
+
+def fuse_convolution(layer: Any, following: Any) -> Callable | None:
     """For a convolution that is followed by a ReLU: both in one."""
-    if type(layer) is not Conv2d or not (following is relu or type(following) is ReLU) or not kernels_enabled():
-        return None
-    if layer._hooks or getattr(following, "_hooks", None) or layer.padding_mode != "zeros":
-        return None  # a hook is to see what is in between
-    return partial(_convolve_relu, layer)
+    if type(layer) is Conv2d and layer.padding_mode == "zeros" and is_next(layer, following, relu, ReLU):
+        return partial(_convolve_relu, layer)
+    return None
+
+
+def fuse_linear(layer: Any, following: Any) -> Callable | None:
+    """The same for a linear layer."""
+    return partial(_linear_relu, layer) if type(layer) is Linear and is_next(layer, following, relu, ReLU) else None
+
+
+def is_next(layer: Any, following: Any, function: Callable, kind: type) -> bool:
+    """Whether that function or a layer of that kind follows, and no hook is to see what is in between."""
+    if not (following is function or type(following) is kind) or not kernels_enabled():
+        return False
+    return not layer._hooks and not getattr(following, "_hooks", None)
 
 
 def _convolve_relu(layer: Conv2d, x: Tensor) -> Tensor:
@@ -87,8 +110,17 @@ def _convolve_relu(layer: Conv2d, x: Tensor) -> Tensor:
     return convolve(convolution_relu, x, layer.weight, layer.bias, *geometry)
 
 
-attach_fusion(fuse_relu)
-CALLS[_convolve_relu.__code__] = "layer"  # for profiles, it is a call of the layer
+def _linear_relu(layer: Linear, x: Tensor) -> Tensor:
+    try:
+        return linear_relu(x, layer.weight, layer.bias)
+    except (TypeError, ValueError):
+        pass
+    return relu(layer(x))  # it says by the layer's own name what does not fit
+
+
+for _fusion, _both in ((fuse_convolution, _convolve_relu), (fuse_linear, _linear_relu)):
+    attach_fusion(_fusion)
+    CALLS[_both.__code__] = "layer"  # for profiles, it is a call of the layer
 
 # -- conditions --------------------------------------------------------------------------------------------------------
 
@@ -300,6 +332,7 @@ for _operation, _place, _when, _why in (
 for _operation, _place, _when, _why in (
     (matmul, "matmul:matmul", multiplies, "float32, one right matrix, where BLAS would use threads"),
     (linear, "matmul:linear", multiplies_linear, "float32, where BLAS would use threads, or of a few rows"),
+    (linear_relu, "matmul:linear_relu", multiplies_linear, "float32, where BLAS would use threads, or of a few rows"),
     (linear_gradients, "matmul:linear_gradients", multiplies_back, "float32, where BLAS would use threads"),
     (relu, "elementwise:relu", from_size(SEVERAL), SEVERAL_TEXT),
     (exp, "elementwise:exp", from_size(SEVERAL), SEVERAL_TEXT),
@@ -430,7 +463,7 @@ def example(kernel: Kernel, count: int) -> tuple[tuple, dict[str, Any]]:
     attended = attention.function(get_backend("cpu"), scores, scores, scores, is_causal=True)
     examples: dict[str, tuple[tuple, dict[str, Any]]] = {
         "matmul": ((tall, randn(256, width).data), {}),
-        "linear": ((tall, weight_of_linear), {}),
+        **dict.fromkeys(("linear", "linear_relu"), ((tall, weight_of_linear), {})),
         "linear_gradients": ((randn(len(tall), width).data, tall, weight_of_linear), {"tracked": (0, 1, 2)}),
         "drop": ((rows, rows), {"p": 0.5}),
         **dict.fromkeys(("relu", "exp", "tanh", "erf", "sigmoid", "silu"), ((rows,), {})),

@@ -28,6 +28,7 @@ from tinytorch.kernels.cpu.vectors import (
     LANES,
     VECTOR,
     address,
+    address_of,
     apart,
     blank,
     broadcast,
@@ -612,7 +613,7 @@ def describe(x: np.ndarray | None) -> tuple[int, ...]:
     steps = x.strides
     if 1 in x.shape[:-2]:  # the one element along that axis stands for all
         steps = (*(0 if n == 1 else step for n, step in zip(x.shape[:-2], steps, strict=False)), *steps[-2:])
-    return (x.ctypes.data, *(0, 0, 0, *steps[:-2])[-MOST_LEADS:], steps[-2])
+    return (address_of(x), *(0, 0, 0, *steps[:-2])[-MOST_LEADS:], steps[-2])
 
 
 def readable(x: np.ndarray) -> np.ndarray:
@@ -631,6 +632,27 @@ def by_places(lead: tuple, rows: int, columns: int) -> np.ndarray:
         return np.empty((*lead, rows, columns), np.float32)
     memory = np.empty((lead[0], rows, *lead[1:], columns), np.float32)
     return memory.transpose(0, *range(2, len(lead) + 1), 1, len(lead) + 1)
+
+
+def like_pieces(lead: tuple, *pieces: np.ndarray) -> list[np.ndarray] | None:
+    """Empty arrays like these (*lead, T, D), if these are what each place's numbers in one memory (B, T, …) are split
+    into, one behind the other: then the new ones are too, and make one gradient without a copy. Else None."""
+    memory, places, rows = pieces[0].base, list[int](), pieces[0].shape[-2]
+    if len(lead) != 2 or type(memory) is not np.ndarray or not memory.flags.carray or memory.dtype.char != "f":
+        return None
+    pitch, start = FLOAT * lead[1] * sum(x.shape[-1] for x in pieces), address_of(memory)
+    end = start
+    for x in pieces:
+        step = FLOAT * x.shape[-1]
+        lies = address_of(x), x.shape[:-1], x.strides
+        if lies != (end, (*lead, rows), (rows * pitch, step, pitch, FLOAT)):
+            return None
+        places.append(end - start)
+        end += lead[1] * step
+    if memory.nbytes != lead[0] * rows * pitch:
+        return None
+    new = np.empty(memory.shape, np.float32)
+    return [np.ndarray(x.shape, np.float32, new, place, x.strides) for x, place in zip(pieces, places, strict=True)]
 
 
 def additive(mask: np.ndarray | None, rows: int, keys: int) -> np.ndarray | None:
@@ -699,15 +721,16 @@ def attention_gradients(
     mask_gradient: bool = False,
 ) -> tuple[np.ndarray, ...]:  # fmt: skip
     """The gradients of `attention` carried to query, key and value: module 13's twin, but for a mask's gradient."""
-    lead, rows, keys, width = check_shapes(query, key, value, mask)
+    lead, rows, keys, _ = check_shapes(query, key, value, mask)
     if mask_gradient:
         raise ValueError("attention_gradients: this kernel has no gradient for a mask")
     if len(lead) > MOST_LEADS:
         flat: Any = (flattened(x, lead) for x in (g, query, key, value, mask, out, largest, total))
         found = attention_gradients(xp, *flat, is_causal=is_causal, scale=scale)
         return tuple(x.reshape(*lead, *x.shape[1:]) for x in found)
-    to_query, to_key = (by_places(lead, n, query.shape[-1]) for n in (rows, keys))
-    to_value = by_places(lead, keys, width)
+    if (pieces := like_pieces(lead, query, key, value)) is None:
+        pieces = [by_places(lead, *x.shape[-2:]) for x in (query, key, value)]
+    to_query, to_key, to_value = pieces
     if rows and keys and largest.size:
         given = (g, query, key, value, mask, out, largest, total)
         gradients_into(*given, to_query, to_key, to_value, is_causal, scale)

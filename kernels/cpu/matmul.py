@@ -21,6 +21,7 @@ import numpy as np
 from numba import prange
 
 from tinytorch.kernels.cpu import amx
+from tinytorch.kernels.cpu.elementwise import rectify
 from tinytorch.kernels.cpu.jit import cores, kernel, plain, run
 from tinytorch.kernels.cpu.lines import copy_block, load_some
 from tinytorch.kernels.cpu.normalization import WIDE, add_rows
@@ -35,9 +36,9 @@ from tinytorch.kernels.cpu.tiles import (
     store_tile,
     turn,
 )
-from tinytorch.kernels.cpu.vectors import LANES, address, apart, blank, fma, store, total
+from tinytorch.kernels.cpu.vectors import LANES, address, address_of, apart, blank, fma, store, total
 
-__all__ = ["linear", "linear_gradients", "matmul"]
+__all__ = ["linear", "linear_gradients", "linear_relu", "matmul"]
 
 STRIP = 2 * LANES  # columns of a tile
 GROUP = 4  # strips that are copied at once
@@ -265,7 +266,7 @@ def planned(a: np.ndarray, b: np.ndarray, bias: np.ndarray, out: np.ndarray) -> 
         blocks = max(-(-rows // BLOCK), min(-(-4 * parts // strips), -(-rows // (4 * ROWS))) if parts > 1 else 1)
     block = -(-rows // (blocks * LANES)) * LANES
     jobs, by_blocks = strips * -(-rows // block), tall or a.strides[0] == 4 != a.strides[1]
-    return jobs, a.ctypes.data, *a.strides, b.ctypes.data, *b.strides, bias, out, depth, block, by_blocks
+    return jobs, address_of(a), *a.strides, address_of(b), *b.strides, bias, out, depth, block, by_blocks
 
 
 # From where on AMX is faster: it has to split rows and columns first, so they must have enough results in common.
@@ -281,7 +282,7 @@ def worth_splitting(rows: int, depth: int, columns: int) -> bool:
 def operands(a: np.ndarray, b: np.ndarray, bias: np.ndarray, out: np.ndarray) -> tuple[Any, ...]:
     """What AMX's `multiply` needs for the product of a (M, K) and b (K, N), both by rows or by columns."""
     across = amx.dealt(cores(), *out.shape)
-    return a.ctypes.data, *a.strides, b.ctypes.data, *b.strides, bias, out, len(b), across
+    return address_of(a), *a.strides, address_of(b), *b.strides, bias, out, len(b), across
 
 
 def in_lines(b: np.ndarray) -> np.ndarray:
@@ -319,6 +320,11 @@ def linear(xp: Any, x: np.ndarray, weight: np.ndarray, bias: np.ndarray | None =
         run(dot_rows_serially, dot_rows_on_cores, (1 + len(flat)) * weight.size // 8, cores(), groups, plain(flat),
             plain(weight), added, out)  # fmt: skip
     return out if x.ndim == 2 else out.reshape(*x.shape[:-1], len(weight))
+
+
+def linear_relu(xp: Any, x: np.ndarray, weight: np.ndarray, bias: np.ndarray | None = None) -> np.ndarray:
+    """The same, and 0 in the place of what is below."""
+    return rectify(linear(xp, x, weight, bias))
 
 
 def linear_gradients(xp: Any, g: np.ndarray, x: np.ndarray, weight: np.ndarray, *, tracked: tuple) -> tuple:

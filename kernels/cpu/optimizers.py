@@ -18,7 +18,7 @@ import numpy as np
 from numba import prange
 
 from tinytorch.kernels.cpu.jit import cores, kernel, plain, run
-from tinytorch.kernels.cpu.vectors import address, floats
+from tinytorch.kernels.cpu.vectors import address_of, floats
 
 __all__ = ["Places", "adam", "fits", "sgd"]
 
@@ -138,11 +138,6 @@ def fits(parameter: Any, gradient: Any, *remembered: Any) -> bool:
     return True
 
 
-@kernel
-def address_of(x):
-    return address(x)
-
-
 class Places:
     """Where the arrays of a group lie in memory; one of these is kept for each group from step to step.
 
@@ -163,7 +158,7 @@ class Places:
         columns = (parameters, *remembered)
         arrays = list(chain.from_iterable(columns))
         if len(arrays) != len(self.arrays) or not all(map(is_, arrays, self.arrays)):
-            found = np.array([[address_of(x.reshape(-1)) for x in column] for column in columns], np.int64)
+            found = np.array([[address_of(x) for x in column] for column in columns], np.int64)
             sizes = np.array([x.size for x in parameters])
             self.addresses = np.zeros((len(parameters), 5), np.int64)
             self.addresses[:, [0, 2, 3, 4][: len(columns)]] = found.T
@@ -173,7 +168,7 @@ class Places:
             apart = (ends[:-1] <= found.reshape(-1)[order][1:]).all()
             self.parts = cores() if apart else 1  # arrays that share memory are updated in their order
             self.arrays = arrays
-        self.addresses[:, 1] = [address_of(x.reshape(-1)) for x in gradients]
+        self.addresses[:, 1] = [address_of(x) for x in gradients]
 
 
 def sgd(

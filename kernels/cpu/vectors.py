@@ -15,10 +15,10 @@ from numba import types
 from numba.core import cgutils
 from numba.extending import intrinsic, models, overload, register_model
 
-from tinytorch.kernels.cpu.jit import LANES
+from tinytorch.kernels.cpu.jit import LANES, kernel
 
-__all__ = ["LANES", "address", "apart", "blank", "broadcast", "floats", "fma", "keep", "largest", "load", "load_part",
-           "maximum", "minimum", "store", "store_part", "total", "where_equal", "where_less"]  # fmt: skip
+__all__ = ["LANES", "address", "address_of", "apart", "blank", "broadcast", "floats", "fma", "keep", "largest", "load",
+           "load_part", "maximum", "minimum", "store", "store_part", "total", "where_equal", "where_less"]  # fmt: skip
 
 F32, I1, I32, I64 = ir.FloatType(), ir.IntType(1), ir.IntType(32), ir.IntType(64)
 VECTOR = ir.VectorType(F32, LANES)
@@ -68,6 +68,12 @@ def address(typing, array):
         return b.ptrtoint(context.make_array(signature.args[0])(context, b, arguments[0]).data, I64)
 
     return types.int64(array), generate
+
+
+@kernel
+def address_of(array):
+    """The same for Python, in a quarter of the time that `array.ctypes.data` takes."""
+    return address(array)
 
 
 @intrinsic

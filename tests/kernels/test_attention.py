@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import itertools
 import math
 import os
 import subprocess
@@ -21,7 +22,7 @@ from tests.kernels.place import SIMULATED, cpu_only, cuda_only, drawn, kernels
 from tinytorch import m13_attention as m13
 from tinytorch.kernels.cpu.attention import KEYS, QUERIES, exp_or_zero
 from tinytorch.kernels.cpu.jit import kernel
-from tinytorch.kernels.cpu.vectors import LANES, address, load, store
+from tinytorch.kernels.cpu.vectors import LANES, address, address_of, load, store
 from tinytorch.m13_attention_appendix import cached_attention
 
 attention = kernels("attention")
@@ -101,6 +102,48 @@ def compare(g: Any, query: Any, key: Any, value: Any, mask: Any = None, **option
         assert actual.dtype == np.float32
         # a weight of nearly 1 has next to no gradient: what is left of a difference is compared with its terms
         np.testing.assert_allclose(actual, expected, rtol=1e-5, atol=1e-5 * float(size))
+
+
+@cpu_only
+def test_gradients_of_pieces_are_pieces() -> None:
+    """What a linear layer's output is split into has gradients that fill one memory in the same order; whatever only
+    looks like that has gradients of its own."""
+
+    def heads(memory: np.ndarray, *widths: int) -> list[np.ndarray]:
+        pieces, start = [], 0
+        for width in widths:
+            part = memory[..., start : (start := start + 2 * width)]
+            pieces.append(part.reshape(*memory.shape[:2], 2, width).swapaxes(1, 2))
+        return pieces
+
+    def check(query: np.ndarray, key: np.ndarray, value: np.ndarray, together: bool) -> None:
+        g = numbers(1, *query.shape[:-1], value.shape[-1])
+        compare(g, query, key, value)
+        extras = attention.attention(XP, query, key, value)
+        found = attention.attention_gradients(XP, g, query, key, value, None, *extras)
+        starts = [address_of(x) for x in found]
+        assert [x.strides for x in found] == [x.strides for x in (query, key, value)] or not together
+        assert (found[0].base is found[1].base is found[2].base) == together
+        if together:
+            assert starts == sorted(starts)
+            assert found[0].base.nbytes == sum(x.nbytes for x in found)
+        assert not any(np.shares_memory(a, b) for a, b in itertools.combinations(found, 2))
+
+    memory = numbers(0, 3, 5, 24)
+    query, key, value = heads(memory, 4, 4, 4)
+    check(query, key, value, True)
+    check(*heads(memory, 3, 3, 6), True)
+    check(key, query, value, False)
+    check(query, query, value, False)
+    check(query, key, key, False)
+    check(query, key, value[::-1], False)
+    check(query[:2], key[:2], value[:2], False)
+    check(query, key, memory[..., 16:].reshape(3, 5, 4, 2).transpose(0, 3, 1, 2), False)
+    check(query, key, value.copy(), False)
+    check(query, key[:, :1], value[:, :1], False)
+    check(*heads(memory[..., :18], 3, 3, 3), False)
+    check(*heads(numbers(0, 3, 5, 30)[..., 6:], 4, 4, 4), False)
+    check(query, key, memory[..., 8:16].reshape(3, 5, 2, 4).swapaxes(1, 2), False)
 
 
 @given(

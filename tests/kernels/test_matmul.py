@@ -29,6 +29,7 @@ from tinytorch.kernels.cpu.matmul import (
     WIDE,
     linear,
     linear_gradients,
+    linear_relu,
     matmul,
     product,
 )
@@ -124,7 +125,9 @@ def test_leading_axes(lead: list, K: int, N: int, lay_weight: str, lay_x: str, b
     x = laid_out(whole(seed, *lead, 2, K), lay_x)  # two axes at least, as where the kernels are attached
     weight = lay(whole(seed + 1, N, K), lay_weight)
     bias = laid_out(whole(seed + 2, N), lay_x) if biased else None
-    check(linear(XP, x, weight, bias), exact(x, weight.T, bias))
+    out = exact(x, weight.T, bias)
+    check(linear(XP, x, weight, bias), out)
+    check(linear_relu(XP, x, weight, bias), np.maximum(out, 0))
     check(matmul(XP, x, weight.T), exact(x, weight.T))
 
 

@@ -324,21 +324,25 @@ def test_only_what_would_hide_the_learners_code_gives_way(tmp_path: Path) -> Non
     assert whole == again
     outside = set(whole[0])
     gone = {}
-    for name, numbers in {"1": [1], "2": [2], "7": [7], "9": [9], "12": [12], "1 to 20": range(1, 21)}.items():
+    chosen = {"1": [1], "2": [2], "3": [3], "4": [4], "7": [7], "9": [9], "12": [12], "1 to 20": range(1, 21)}
+    for name, numbers in chosen.items():
         now, back = json.loads(text(workspace(tmp_path / name, *numbers), "-c", ATTACHED))
         assert back == whole
         assert {line.split()[0] for line in now[4]} == set(now[0])
         gone[name] = outside - set(now[0]), now[1], now[2], now[3]
     kinds = ["Adam", "AdamW", "SGD"]
-    assert gone["1"] == (set(), kinds, 1, 2)
+    assert gone["1"] == (set(), kinds, 2, 2)
     assert {"matmul", "exp", "sum", "decode"} <= gone["2"][0]
     assert not {"relu", "convolution", "linear", "attention"} & gone["2"][0]  # their own code multiplies by itself
-    assert gone["2"][1:] == (kinds, 1, 2)
-    assert gone["7"] == (set(), [], 1, 2)
+    assert gone["2"][1:] == (kinds, 2, 2)
+    assert gone["3"][2] == 0  # what is done in one with a ReLU
+    assert {"linear", "linear_relu"} <= gone["4"][0]
+    assert gone["4"][1:3] == (kinds, 1)
+    assert gone["7"] == (set(), [], 2, 2)
     assert {"convolution", "convolution_relu", "max_pool", "normalize", "decode"} <= gone["9"][0]
-    assert gone["9"][1:] == (kinds, 0, 2)
+    assert gone["9"][1:] == (kinds, 1, 2)
     assert {"rotate", "decode", "embedding_weight_gradient"} == gone["12"][0]
-    assert gone["12"][1:] == (kinds, 1, 1)
+    assert gone["12"][1:] == (kinds, 2, 1)
     # What stands in appendices is the package's, and has its kernels; module 19's reader is the learner's own here.
     assert outside - gone["1 to 20"][0] <= {"erf", "tanh", "gelu_gradient", "avg_pool_gradient", "int4_linear"}
     assert gone["1 to 20"][1:] == ([], 0, 2)

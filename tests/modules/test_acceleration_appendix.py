@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -58,31 +59,50 @@ def names(call: Callable[[], Any]) -> list[str]:
     return seen
 
 
+LAYERS = {
+    "convolution": (lambda: nn.Conv2d(3, 8, 3, padding=1), (2, 3, 16, 16)),
+    "linear": (lambda: nn.Linear(64, 96), (3, 40, 64)),
+}
+
+
 @pytest.mark.parametrize("activation", [nn.ReLU(), nn.functional.relu])
-def test_a_convolution_and_its_relu_are_one_operation(activation: Any) -> None:
+@pytest.mark.parametrize("name", LAYERS)
+def test_a_layer_and_its_relu_are_one_operation(name: str, activation: Any) -> None:
     t.manual_seed(0)
-    net, x = nn.Sequential(nn.Conv2d(3, 8, 3, padding=1), activation), t.randn(2, 3, 16, 16, requires_grad=True)
-    assert names(lambda: net(x)) == ["convolution_relu"]
-    net(x).sum().backward()
+    layer, shape = LAYERS[name]
+    net, x = nn.Sequential(layer(), activation), t.randn(*shape, requires_grad=True)
+    assert names(lambda: net(x)) == [f"{name}_relu"]
+    g = t.randn(*net(x).shape)
+    net(x).backward(g)
     fused = [net(x).detach(), x.grad, *(p.grad for p in net.parameters())]
     x.grad = None
     net.zero_grad()
     with t.reference_kernels():
-        assert names(lambda: net(x)) == ["convolution", "relu"]
-        net(x).sum().backward()
+        assert names(lambda: net(x)) == [name, "relu"]
+        net(x).backward(g)
         apart = [net(x).detach(), x.grad, *(p.grad for p in net.parameters())]
     for ours, theirs in zip(fused, apart, strict=True):
         close(ours.data, theirs.data)
 
 
-def test_what_somebody_looks_at_is_not_fused() -> None:
-    net, x = nn.Sequential(nn.Conv2d(3, 8, 3), nn.ReLU()), t.randn(1, 3, 8, 8)
+@pytest.mark.parametrize("name", LAYERS)
+def test_what_somebody_looks_at_is_not_fused(name: str) -> None:
+    layer, shape = LAYERS[name]
+    net, x = nn.Sequential(layer(), nn.ReLU()), t.randn(*shape)
     handle = net[0].register_forward_hook(lambda module, inputs, out: None)
-    assert names(lambda: net(x)) == ["convolution", "relu"]
+    assert names(lambda: net(x)) == [name, "relu"]
     handle.remove()
-    assert names(lambda: net(x)) == ["convolution_relu"]
+    assert names(lambda: net(x)) == [f"{name}_relu"]
+
+
+def test_only_a_layer_itself_is_fused() -> None:
+    """What is derived from it may do something else."""
+    for kind, arguments, shape in ((nn.Conv2d, (3, 8, 3), (1, 3, 8, 8)), (nn.Linear, (4, 5), (2, 4))):
+        other = type("Other", (kind,), {"forward": lambda self, x: x})
+        net = nn.Sequential(other(*arguments), nn.ReLU())
+        assert names(partial(net, t.randn(*shape))) == ["relu"]
     reflecting = nn.Sequential(nn.Conv2d(3, 8, 3, padding=1, padding_mode="reflect"), nn.ReLU())
-    assert "convolution_relu" not in names(lambda: reflecting(x))
+    assert "convolution_relu" not in names(lambda: reflecting(t.randn(1, 3, 8, 8)))
 
 
 OPTIMIZERS = [

@@ -18,7 +18,7 @@ from tinytorch.autograd import Function, detect_anomaly, draw, grad, gradcheck, 
 from tinytorch.autograd.functional import hessian, jacobian, jvp, vjp
 from tinytorch.m01_setup import assert_close, manual_seed
 from tinytorch.m02_tensor import Op, Tensor, observe
-from tinytorch.m02_tensor_appendix import side_by_side
+from tinytorch.m02_tensor_appendix import side_by_side, together
 from tinytorch.m06_autograd import NON_DIFFERENTIABLE, RULES, gradient, non_differentiable
 from tinytorch.utils.checkpoint import checkpoint
 
@@ -136,7 +136,33 @@ def test_slices_in_a_row_are_known() -> None:
                 np.testing.assert_array_equal(np.concatenate(row[0], row[1]), whole)
                 assert (times == 1).all()
                 known += 1
-    assert known > 15
+    assert known > 18
+
+
+def test_slices_that_lie_together_are_their_memory() -> None:
+    """And what is a leaf's is copied: somebody else may hold a slice's gradient."""
+    memory = np.arange(24, dtype="float32")
+    whole, square = memory.reshape(2, 3, 4), np.arange(16).reshape(4, 4)
+    parts = whole[..., :1], whole[..., 1:]
+    assert np.shares_memory(together(parts, 2), memory)
+    others = (
+        ((parts[1], parts[0]), 2), (parts[:1], 2), ((parts[0], parts[1].copy()), 2), ((whole[..., :2],) * 2, 2),
+        ((memory[:12].reshape(2, 3, 2), memory[12:].reshape(2, 3, 2)), 2), ((parts[0], parts[1][::-1]), 2),
+        ((square.T,), 0),
+    )  # fmt: skip
+    for arrays, axis in others:
+        out = together(arrays, axis)
+        np.testing.assert_array_equal(out, np.concatenate(arrays, axis))
+        assert not any(np.shares_memory(out, x) for x in (memory, square))
+    x, held = t.randn(2, 5, 24, requires_grad=True), list[Tensor]()
+    heads = [part.reshape(2, 5, 2, 4).transpose(1, 2) for part in x.split(8, dim=2)]
+    for head in heads:
+        head.register_hook(held.append)
+    for _ in range(2):
+        t.nn.functional.scaled_dot_product_attention(*heads).sum().backward(retain_graph=True)
+    assert not any(np.shares_memory(x.grad.data, g.data) for g in held)
+    first = np.concatenate([g.data.swapaxes(1, 2).reshape(2, 5, 8) for g in held[2::-1]], 2)
+    np.testing.assert_allclose(x.grad.data, 2 * first, rtol=1e-5, atol=1e-6)
 
 
 def test_a_gradient_of_the_output_can_be_given(device: str) -> None:

@@ -1411,6 +1411,22 @@ row(
 )
 
 
+row(
+    "linear_relu",
+    lambda *inputs: Op.registry["linear_relu"](*inputs),
+    lambda x, weight, bias=None: np.maximum(x @ weight.T + (0 if bias is None else bias), 0),
+    layers,
+    (0, 1, 2),
+    bad=[
+        bad(
+            lambda: t.nn.Sequential(t.nn.Linear(784, 10), t.nn.ReLU())(t.ones(64, 512)),
+            ValueError,
+            r"^linear: input has 512 features, but the weight takes 784 \(input \(64, 512\), weight \(10, 784\)\)",
+        ),
+    ],
+)
+
+
 def scores(rng: Generator) -> Iterator[Case]:
     yield case(normal(rng, (4, 3)), np.array([0, 2, 1, 1]))
     yield case(normal(rng, (1, 2)), np.array([1]))
