@@ -726,19 +726,18 @@ class Sequential(Row):
             if done:  # together with the layer before it
                 done = False
                 continue
-            both = None
-            for fusion in FUSIONS:
-                both = both or fusion(layer, following)
+            fusion = FUSIONS.get(type(layer))
+            both = fusion(layer, following) if fusion else None
             x, done = (both or layer)(x), both is not None
         return x
 
 
-FUSIONS: list[Callable[[Any, Any], Callable | None]] = []
+FUSIONS: dict[type, Callable[[Any, Any], Callable | None]] = {}
 
 
-def attach_fusion(fusion: Callable[[Any, Any], Callable | None]) -> None:
-    """Have `fusion(layer, following)` asked for a function that does the work of both at once, or None."""
-    FUSIONS.append(fusion)
+def attach_fusion(kind: type, fusion: Callable[[Any, Any], Callable | None]) -> None:
+    """Have `fusion(layer, following)`, of a layer of just this kind, asked for what does both at once, or None."""
+    FUSIONS[kind] = fusion
 
 
 def test_sequential_runs_in_order_and_names_like_pytorch() -> None:

@@ -16,6 +16,7 @@ import sys
 import threading
 import time
 import weakref
+from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ContextDecorator, ExitStack, contextmanager
 from dataclasses import dataclass
@@ -221,7 +222,7 @@ def test_flops_are_those_of_hand_counts() -> None:
     assert profiled(lambda: randn(2, 3, 4) @ randn(4, 5))["matmul"] == 2 * (3 * 4 * 5) * 2
     layer, x = Linear(784, 10), randn(64, 784)
     assert profiled(lambda: layer(x).sum().backward()) == {
-        "linear": 2 * 64 * 784 * 10, "sum": 640, "linear_gradients": 2 * 64 * 784 * 10, "expand": 0, "reshape": 0
+        "linear": 2 * 64 * 784 * 10, "sum": 640, "linear_gradients": 2 * 64 * 784 * 10, "expand": 0
     }  # fmt: skip
     heads = randn(2, 4, 6, 8)
     assert profiled(lambda: attention(heads, heads, heads))["attention"] == 2 * 4 * (6 * 6) * (2 * 8 + 2 * 8)
@@ -887,10 +888,11 @@ def test_a_profile_of_training_sees_layers_lines_and_memory() -> None:
     step()
     with Profile() as p:
         step()
-    rows = {(row.name, row.backward): row for row in summarize(p)}
-    forward = next(row for name, row in rows.items() if name[0] in ("convolution", "convolution_relu"))
-    assert forward.flops == rows["convolution_weight_gradient", True].flops == 2 * 8 * 4 * 64 * 9
-    assert rows["linear", False].flops * 2 == rows["linear_gradients", True].flops == 4 * 8 * (64 * 128 + 1280)
+    flops = Counter[str]()
+    for row in summarize(p):
+        flops[row.name.removesuffix("_relu")] += row.flops or 0  # a layer may come in one with its ReLU
+    assert flops["convolution"] == flops["convolution_weight_gradient"] == 2 * 8 * 4 * 64 * 9
+    assert flops["linear"] * 2 == flops["linear_gradients"] == 4 * 8 * (64 * 128 + 1280)
     assert {row.name for row in summarize(p, "line")} >= {user_line(p.events[0].place), "(SGD.step)"}
     held = [size for _, size in p.memory]
     assert held[-1] < p.peak_memory == max(held)  # what backward needed is gone

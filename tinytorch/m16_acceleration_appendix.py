@@ -86,16 +86,15 @@ gradient(linear_relu, together=linear_relu_rule)
 LOWER.update(("convolution_relu", "linear_relu"))
 
 
-def fuse_convolution(layer: Any, following: Any) -> Callable | None:
+def fuse_convolution(layer: Conv2d, following: Any) -> Callable | None:
     """For a convolution that is followed by a ReLU: both in one."""
-    if type(layer) is Conv2d and layer.padding_mode == "zeros" and is_next(layer, following, relu, ReLU):
-        return partial(_convolve_relu, layer)
-    return None
+    can = layer.padding_mode == "zeros" and is_next(layer, following, relu, ReLU)
+    return partial(_convolve_relu, layer) if can else None
 
 
-def fuse_linear(layer: Any, following: Any) -> Callable | None:
+def fuse_linear(layer: Linear, following: Any) -> Callable | None:
     """The same for a linear layer."""
-    return partial(_linear_relu, layer) if type(layer) is Linear and is_next(layer, following, relu, ReLU) else None
+    return partial(_linear_relu, layer) if is_next(layer, following, relu, ReLU) else None
 
 
 def is_next(layer: Any, following: Any, function: Callable, kind: type) -> bool:
@@ -118,8 +117,8 @@ def _linear_relu(layer: Linear, x: Tensor) -> Tensor:
     return relu(layer(x))  # it says by the layer's own name what does not fit
 
 
-for _fusion, _both in ((fuse_convolution, _convolve_relu), (fuse_linear, _linear_relu)):
-    attach_fusion(_fusion)
+for _kind, _fusion, _both in ((Conv2d, fuse_convolution, _convolve_relu), (Linear, fuse_linear, _linear_relu)):
+    attach_fusion(_kind, _fusion)
     CALLS[_both.__code__] = "layer"  # for profiles, it is a call of the layer
 
 # -- conditions --------------------------------------------------------------------------------------------------------

@@ -35,7 +35,7 @@ from tinytorch.kernels.cpu.jit import features, kernel
 from tinytorch.kernels.cpu.lines import copy_block, load_some
 from tinytorch.kernels.cpu.normalization import WIDE, add_rows
 from tinytorch.kernels.cpu.tiles import line_from, transpose
-from tinytorch.kernels.cpu.vectors import I32, I64, LANES, VECTOR, address, apart, blank, call, vector
+from tinytorch.kernels.cpu.vectors import I32, I64, LANES, VECTOR, address, apart, blank, call, pointer_at, vector
 
 __all__ = ["dealt", "gradients_on_cores", "gradients_serially", "multiply_on_cores", "multiply_serially", "permitted"]
 
@@ -73,17 +73,12 @@ def instruct(b: Any, name: str, *operands: Any) -> None:
     call(b, f"llvm.x86.{name}", ir.VoidType(), [ir.Constant(I8, x) if isinstance(x, int) else x for x in operands])
 
 
-def at(b: Any, place: Any, distance: int = 0) -> Any:
-    """LLVM: the pointer to what lies so far behind an address."""
-    return b.inttoptr(b.add(place, ir.Constant(I64, distance)), I8.as_pointer())
-
-
 @intrinsic
 def open_tiles(typing, shapes):
     """Begin to use tiles."""
 
     def generate(context, b, signature, arguments):
-        instruct(b, "ldtilecfg", at(b, arguments[0]))
+        instruct(b, "ldtilecfg", pointer_at(b, arguments[0], I8))
         return context.get_dummy_value()
 
     return types.void(types.int64), generate
@@ -109,7 +104,9 @@ def moving(instruction: str) -> Any:
             first, step = arguments
             second = b.add(first, b.mul(step, ir.Constant(I64, SIDE)))
             for tile in range(4):
-                instruct(b, instruction, tile, at(b, second if tile > 1 else first, LINE * (tile % 2)), step)
+                instruct(
+                    b, instruction, tile, pointer_at(b, second if tile > 1 else first, I8, LINE * (tile % 2)), step
+                )
             return context.get_dummy_value()
 
         return types.void(types.int64, types.int64), generate
@@ -132,7 +129,7 @@ def add_products(typing, upper, lower, left, right):
         for row_part, column_part in PRODUCTS:
             for i, part in enumerate((row_part, row_part, column_part, column_part)):
                 if loaded[i] != part:
-                    instruct(b, "tileloadd64", 4 + i, at(b, arguments[i], TILE * part), step)
+                    instruct(b, "tileloadd64", 4 + i, pointer_at(b, arguments[i], I8, TILE * part), step)
                     loaded[i] = part
             for tile in range(4):
                 instruct(b, "tdpbf16ps", tile, 4 + tile // 2, 6 + tile % 2)
@@ -209,7 +206,7 @@ def fetching(write: bool) -> Any:
 
         def generate(context, b, signature, arguments):
             how = [ir.Constant(I32, n) for n in (int(write), 3, 1)]
-            call(b, "llvm.prefetch.p0", ir.VoidType(), [at(b, arguments[0]), *how])
+            call(b, "llvm.prefetch.p0", ir.VoidType(), [pointer_at(b, arguments[0], I8), *how])
             return context.get_dummy_value()
 
         return types.void(types.int64), generate

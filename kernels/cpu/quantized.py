@@ -28,7 +28,6 @@ from tinytorch.kernels.cpu.jit import CPU, cores, features, kernel, plain, run
 from tinytorch.kernels.cpu.lines import store_some
 from tinytorch.kernels.cpu.vectors import (
     I32,
-    I64,
     LANES,
     VECTOR,
     address,
@@ -40,6 +39,7 @@ from tinytorch.kernels.cpu.vectors import (
     maximum,
     minimum,
     part_mask,
+    pointer_at,
     splat,
     vector,
 )
@@ -109,11 +109,6 @@ class SumsModel(models.PrimitiveModel):
         super().__init__(manager, numba_type, SUMS)
 
 
-def at(b: Any, address: Any, kind: Any, distance: int = 0) -> Any:
-    """LLVM: the pointer to something at an address."""
-    return b.inttoptr(b.add(address, ir.Constant(I64, distance)), kind.as_pointer())
-
-
 def instructions(vectors: int) -> tuple[Any, Any]:
     """What a tile is made of that is so many vectors of columns wide: its first sums, and adding products to them."""
 
@@ -123,7 +118,7 @@ def instructions(vectors: int) -> tuple[Any, Any]:
         kind = types.UniTuple(sums_type, rows.count * vectors)
 
         def generate(context, b, signature, arguments):
-            row = [b.load(at(b, arguments[1], SUMS, 4 * LANES * v), align=4) for v in range(vectors)]
+            row = [b.load(pointer_at(b, arguments[1], SUMS, 4 * LANES * v), align=4) for v in range(vectors)]
             return context.make_tuple(b, kind, row * rows.count)
 
         return kind(rows, starts), generate
@@ -135,9 +130,9 @@ def instructions(vectors: int) -> tuple[Any, Any]:
         def generate(context, b, signature, arguments):
             sums_, rows_, place, panel = arguments
             old, new = cgutils.unpack_tuple(b, sums_, sums.count), []
-            columns = [b.load(at(b, panel, COLUMN, DEPTHS * LANES * v), align=1) for v in range(vectors)]
+            columns = [b.load(pointer_at(b, panel, COLUMN, DEPTHS * LANES * v), align=1) for v in range(vectors)]
             for r, row in enumerate(cgutils.unpack_tuple(b, rows_, rows.count)):
-                four = splat(b, b.load(at(b, b.add(row, place), I32), align=4), LANES)
+                four = splat(b, b.load(pointer_at(b, b.add(row, place), I32), align=4), LANES)
                 new += [dot(b, old[vectors * r + v], four, columns[v]) for v in range(vectors)]
             return context.make_tuple(b, sums, new)
 
@@ -170,7 +165,7 @@ def store_sums(typing, address, sums):
 
     def generate(context, b, signature, arguments):
         for v, part in enumerate(cgutils.unpack_tuple(b, arguments[1], sums.count)):
-            b.store(part, at(b, arguments[0], SUMS, 4 * LANES * v), align=4)
+            b.store(part, pointer_at(b, arguments[0], SUMS, 4 * LANES * v), align=4)
         return context.get_dummy_value()
 
     return types.void(address, sums), generate
@@ -224,7 +219,7 @@ def corrected(typing, sums, weights, zero):
     """LANES sums at an address, less `zero` times the sums of weights at another, as float32."""
 
     def generate(context, b, signature, arguments):
-        found, subtracted = (b.load(at(b, place, SUMS), align=4) for place in arguments[:2])
+        found, subtracted = (b.load(pointer_at(b, place, SUMS), align=4) for place in arguments[:2])
         total = b.sub(found, b.mul(subtracted, splat(b, b.trunc(arguments[2], I32), LANES)))
         return b.sitofp(total, VECTOR)
 

@@ -15,7 +15,7 @@ from numba import types
 from numba.extending import intrinsic
 
 from tinytorch.kernels.cpu.jit import CPU, kernel
-from tinytorch.kernels.cpu.vectors import F32, I32, I64, LANES, VECTOR, address, call, floats, splat, vector
+from tinytorch.kernels.cpu.vectors import F32, I32, I64, LANES, VECTOR, address, call, floats, pointer_at, splat, vector
 
 __all__ = ["FEW_ROWS", "PAIR", "ROWS", "VECTOR_BYTES", "line_from", "load_tile", "products", "products_in_steps",
            "rectified", "rows_from", "spread", "store_tile", "transpose", "turn"]  # fmt: skip
@@ -38,7 +38,7 @@ def line_from(scratch):
 
 def at(b: Any, place: Any, kind: Any) -> Any:
     """LLVM: the value at an address."""
-    return b.load(b.inttoptr(place, kind.as_pointer()), align=4)
+    return b.load(pointer_at(b, place, kind), align=4)
 
 
 def parts_of(b: Any, pack: Any, kind: Any) -> list:

@@ -48,6 +48,11 @@ def splat(b: Any, scalar: Any, lanes: int = LANES) -> Any:
     return b.shuffle_vector(first, nothing, ir.Constant(ir.VectorType(I32, lanes), [0] * lanes))
 
 
+def pointer_at(b: Any, place: Any, kind: Any, distance: int = 0) -> Any:
+    """LLVM: the pointer to something of that kind, so many bytes behind an address."""
+    return b.inttoptr(b.add(place, ir.Constant(I64, distance)), kind.as_pointer())
+
+
 def call(b: Any, name: str, result: Any, arguments: list) -> Any:
     """LLVM: call one of its own functions."""
     kind = ir.FunctionType(result, [a.type for a in arguments])

@@ -191,12 +191,12 @@ def give_way() -> None:
             take_implementations(operation.implementations)
             for kernel in [k for k in kernels if k.op is operation and not is_own(k)]:
                 take(kernels, kernel)
-    updates = getattr(loaded(7, "Optimizer"), "together", {})
-    for optimizer in [kind for kind, update in updates.items() if is_own(kind) and not is_own(update)]:
-        TAKEN.append(partial(updates.__setitem__, optimizer, updates.pop(optimizer)))
-    fusions, readers = loaded(4, "FUSIONS", []), loaded(14, "READERS", [])
-    for fusion in [f for f in fusions if not is_own(f) and any(map(is_own, named(f)))]:
-        take(fusions, fusion)  # the layers that it does at once are those that it names
+    updates, fusions = getattr(loaded(7, "Optimizer"), "together", {}), loaded(4, "FUSIONS", {})
+    for kind in [kind for kind, update in updates.items() if is_own(kind) and not is_own(update)]:
+        TAKEN.append(partial(updates.__setitem__, kind, updates.pop(kind)))
+    for kind in [kind for kind, f in fusions.items() if any(map(is_own, [kind, *named(f)])) and not is_own(f)]:
+        TAKEN.append(partial(fusions.__setitem__, kind, fusions.pop(kind)))  # it does what follows, too, which it names
+    readers = loaded(14, "READERS", [])
     if any(is_own(loaded(number)) for number in (12, 13, 14)):
         for reader in [r for r in readers[1:] if not is_own(r)]:  # the first one, module 14's, calls the model as it is
             take(readers, reader)
