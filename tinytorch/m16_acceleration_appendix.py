@@ -74,7 +74,7 @@ gradient(convolution_relu, together=convolution_relu_rule)
 
 @op
 def linear_relu(xp, x, weight, bias=None):
-    """relu(linear(x, weight, bias)): what is below 0 is replaced where it lies."""
+    """relu(linear(x, weight, bias)): what lies in between is not kept."""
     return xp.maximum(linear.function(xp, x, weight, bias), 0)
 
 
