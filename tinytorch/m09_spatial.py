@@ -510,15 +510,15 @@ def pooling(name: str, x: Tensor, size: Any, stride: Any, padding: Any, dilation
     size = pair(name, "kernel_size", size)
     stride = size if stride is None else pair(name, "stride", stride)
     padding, dilation = pair(name, "padding", padding, least=0), pair(name, "dilation", dilation)
-    if any(2 * p > k for p, k in zip(padding, size, strict=True)):
+    if 2 * padding[0] > size[0] or 2 * padding[1] > size[1]:
         raise ValueError(f"{name}: padding must be at most half of kernel_size, got {padding} and {size}")
-    borders = []
-    for n, k, s, p, d in zip(x.shape[-2:], size, stride, padding, dilation, strict=True):
+    borders, axes = [(p, p) for p in padding], zip(x.shape[-2:], size, stride, padding, dilation, strict=True)
+    for axis, (n, k, s, p, d) in enumerate(axes if ceil_mode else ()):
         rest = n + 2 * p - d * (k - 1) - 1
-        count = -(-rest // s) + 1 if ceil_mode else rest // s + 1
-        count -= ceil_mode and (count - 1) * s >= n + p  # the last one must not begin in the border
-        borders.append((p, max(p, (count - 1) * s - rest + p) if ceil_mode else p))
-    return lay_windows(name, tuple(x.shape), size, stride, tuple(borders), dilation)
+        last = -(-rest // s)
+        last -= last * s >= n + p  # it must not begin in the border
+        borders[axis] = p, max(p, last * s - rest + p)
+    return lay_windows(name, x.shape, size, stride, tuple(borders), dilation)
 
 
 def max_pool2d(

@@ -178,7 +178,7 @@ def convolves_in_pairs(x: Any, weight: Any, bias: Any = None, *, windows: Window
 
 
 def convolves_depthwise(x: Any, weight: Any, bias: Any = None, *, windows: Windows, groups: int) -> bool:
-    return single(x, weight, bias) and depthwise(weight, groups)
+    return depthwise(weight, groups) and single(x, weight, bias)
 
 
 def weighs(g: Any, x: Any, *, windows: Windows, groups: int) -> bool:
@@ -187,7 +187,7 @@ def weighs(g: Any, x: Any, *, windows: Windows, groups: int) -> bool:
 
 
 def weighs_depthwise(g: Any, x: Any, *, windows: Windows, groups: int) -> bool:
-    return single(g, x) and groups > 1 and x.shape[1] == groups
+    return groups > 1 and x.shape[1] == groups and single(g, x)
 
 
 def normalizes(x: Any, weight: Any = None, bias: Any = None, *, dims: tuple, eps: float) -> bool:

@@ -583,7 +583,7 @@ SPATIAL = [
         "tinytorch/m09_spatial.py",
         (" and not any(map(any, self.padding))", "", "a 1x1 kernel that meets the border is taken for the picture"),
         ("total // 2, total - total // 2", "total - total // 2, total // 2", "padding 'same' is longer on the left"),
-        ("count -= ceil_mode and", "count -= False and", "a window that begins in the border is counted"),
+        ("last -= last * s >= n + p", "last -= False", "a window that begins in the border is counted"),
         ("amount = amount - part", "amount = amount", "every one of equal maxima gets the gradient"),
         ("windows.padded(xp, x, math.nan)", "windows.padded(xp, x, -math.inf)",
          "the border is taken for the largest of a window of -inf"),
