@@ -352,5 +352,5 @@ def test_any_number_of_cores_gives_the_same_bits(way: str, monkeypatch: pytest.M
         monkeypatch.setattr(kernels, "cores", lambda parts=parts: parts)
         results.append(linear(XP, a, weight, bias))
         np.testing.assert_array_equal(results[-1], results[0])
-    assert len(set(launched)) == (3 if way == "vectors" else 1)
+    assert (len(set(launched)) > 1) == (way == "vectors")
     near(results[0], exact(a, weight.T, bias))
