@@ -352,6 +352,27 @@ def test_at_protected_pages(end: bool, is_causal: bool) -> None:
                 np.testing.assert_allclose(actual, expected, rtol=1e-5, atol=1e-5 * size)
 
 
+@cpu_only
+@pytest.mark.parametrize("end", [True, False])
+def test_pieces_at_protected_pages(end: bool) -> None:
+    """Inputs and gradients, each three pieces of one memory that a protected page follows, or precedes."""
+    for rows, width in ((1, 1), (5, LANES - 1), (LANES + 1, LANES + 3), (KEYS + 3, 2 * LANES)):
+
+        def pieces(memory: np.ndarray, rows: int = rows, width: int = width) -> list[np.ndarray]:
+            return list(memory.reshape(2, rows, 3, 2, width).transpose(2, 0, 3, 1, 4))
+
+        given = pieces(guarded(numbers(0, 2, rows, 6 * width), end))
+        results = pieces(guarded_empty((2, rows, 6 * width), end=end))
+        g = guarded(numbers(1, 2, 2, rows, width), end)
+        exact = m13.attention.function(XP, *map(double, given))
+        slopes = m13.attention_gradients.function(XP, *map(double, (g, *given)), None, *exact)
+        extras = [x.astype("float32") for x in exact]
+        attention.gradients_into(g, *given, None, *extras, *results, False, None)
+        size = max(float(np.abs(x).max()) for x in (g, *slopes))
+        for actual, expected in zip(results, slopes, strict=True):
+            np.testing.assert_allclose(actual, expected, rtol=1e-5, atol=1e-5 * size)
+
+
 ALONE = """
 import numpy as np
 from tinytorch.kernels.cpu import attention
