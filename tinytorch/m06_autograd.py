@@ -217,8 +217,8 @@ def non_differentiable(*ops: Op) -> None:
 # %%
 def spread(g: Any, shape: tuple, dim: Any, keepdim: bool) -> Any:
     """A reduction's gradient, repeated over the axes that it reduced."""
-    axes = range(len(shape)) if dim is None else [d % len(shape) for d in (dim if isinstance(dim, tuple) else (dim,))]
-    if not keepdim and dim is not None:
+    if not keepdim and dim is not None:  # a single number needs no axes
+        axes = [d % len(shape) for d in (dim if isinstance(dim, tuple) else (dim,))]
         g = reshape(g, shape=tuple(1 if d in axes else n for d, n in enumerate(shape)))
     return expand(g, shape=tuple(shape))
 

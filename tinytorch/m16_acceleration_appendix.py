@@ -98,7 +98,10 @@ def fuse_linear(layer: Linear, following: Any) -> Callable | None:
 
 
 def is_next(layer: Any, following: Any, function: Callable, kind: type) -> bool:
-    """Whether that function or a layer of that kind follows, and no hook is to see what is in between."""
+    """Whether that function or a layer of that kind follows, and no hook is to see what is in between.
+
+    Those who ask name both, because a fusion gives way to a learner's code if it names what the learner wrote.
+    """
     if not (following is function or type(following) is kind) or not kernels_enabled():
         return False
     return not layer._hooks and not getattr(following, "_hooks", None)
@@ -303,6 +306,7 @@ FLOATS = "float32"
 SEVERAL, SEVERAL_TEXT = 2048, "float32, from 2,048 elements"
 PLACES_TEXT = f"float32, pictures with {FEWEST_PLACES} windows or more"
 PAIRS_TEXT = "float32, 3×3, stride 1, padding 1 across, an even width, from 16 channels and 4,096 pixels"
+LINEAR_TEXT = "float32, where BLAS would use threads, or of a few rows"
 DEPTHWISE_TEXT = "float32, a group for each channel"
 NORMS_TEXT = "float32, over the last axes or over all but the second"
 
@@ -330,8 +334,8 @@ for _operation, _place, _when, _why in (
 
 for _operation, _place, _when, _why in (
     (matmul, "matmul:matmul", multiplies, "float32, one right matrix, where BLAS would use threads"),
-    (linear, "matmul:linear", multiplies_linear, "float32, where BLAS would use threads, or of a few rows"),
-    (linear_relu, "matmul:linear_relu", multiplies_linear, "float32, where BLAS would use threads, or of a few rows"),
+    (linear, "matmul:linear", multiplies_linear, LINEAR_TEXT),
+    (linear_relu, "matmul:linear_relu", multiplies_linear, LINEAR_TEXT),
     (linear_gradients, "matmul:linear_gradients", multiplies_back, "float32, where BLAS would use threads"),
     (relu, "elementwise:relu", from_size(SEVERAL), SEVERAL_TEXT),
     (exp, "elementwise:exp", from_size(SEVERAL), SEVERAL_TEXT),

@@ -104,9 +104,8 @@ def moving(instruction: str) -> Any:
             first, step = arguments
             second = b.add(first, b.mul(step, ir.Constant(I64, SIDE)))
             for tile in range(4):
-                instruct(
-                    b, instruction, tile, pointer_at(b, second if tile > 1 else first, I8, LINE * (tile % 2)), step
-                )
+                row = second if tile > 1 else first
+                instruct(b, instruction, tile, pointer_at(b, row, I8, LINE * (tile % 2)), step)
             return context.get_dummy_value()
 
         return types.void(types.int64, types.int64), generate

@@ -145,13 +145,7 @@ def pool(x: np.ndarray, windows: Any, largest: bool, heights: np.ndarray, widths
 
 def max_pool(xp: Any, x: np.ndarray, *, windows: Any) -> np.ndarray:
     """The largest element of each window of (…, H, W): (…, OH, OW)."""
-    return pool(x, windows, True, *ones(windows.count))
-
-
-@lru_cache(256)
-def ones(counts: tuple[int, int]) -> list[np.ndarray]:
-    """What largest elements are multiplied by."""
-    return [np.ones(count, np.float32) for count in counts]
+    return pool(x, windows, True, *shares(windows, (), 1))
 
 
 @lru_cache(256)
